@@ -1,0 +1,88 @@
+"""
+A few ops, each with several implementations and one schema; the device of the tensors picks one:
+
+    CompositeExplicitAutograd   reference.py, the definition: runs on anything, slowly
+    CPU                         cpu.cpp, once build() has compiled it
+
+Shapes: M rows, K columns in blocks of 32; packed matrices are codes [M, K/2] and scales [M, K/32].
+"""
+import contextlib, fcntl, functools, os, sys
+import torch
+from torch.utils import cpp_extension
+from . import reference
+
+lib = torch.library.Library("fp4", "DEF")
+for schema in (
+    "quantize_forward(Tensor x, str scale) -> (Tensor codes, Tensor scales, Tensor mask)",
+    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, bool signs_after)"
+        " -> (Tensor codes, Tensor scales, Tensor codes_t, Tensor scales_t)",
+    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, bool signs_after)"
+        " -> (Tensor codes_t, Tensor scales_t)",
+    "dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
+    "gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float alpha, ScalarType dtype) -> Tensor",
+    "unrotate(Tensor d, Tensor mask, ScalarType dtype) -> Tensor",
+):
+    lib.define(schema)
+    name = schema.split("(")[0]
+    lib.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+# opaque, so that torch.compile can neither draw twice from one call nor merge the calls of two layers
+lib.define("draw(Tensor like, int n) -> (Tensor signs, Tensor seeds)", tags=torch.Tag.nondeterministic_seeded)
+lib.impl("draw", reference.draw, "CompositeExplicitAutograd")
+
+
+# ---- shapes only, for torch.compile
+
+def fake(op): return torch.library.register_fake("fp4::" + op.__name__, op, lib=lib)
+
+def packed(like, M, K): return (like.new_empty(M, K // 2, dtype=torch.uint8), like.new_empty(M, K // 32, dtype=torch.uint8))
+def padded(M): return (M + 31) // 32 * 32
+
+@fake
+def quantize_forward(x, scale):
+    return *packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1] // 32, dtype=torch.int32)
+
+@fake
+def quantize_backward(x, signs, seeds, stochastic, signs_after):
+    return *packed(x, *x.shape), *packed(x, x.shape[1], padded(x.shape[0]))
+
+@fake
+def requantize(codes, scales, signs, seed, stochastic, signs_after):
+    return packed(codes, 2 * codes.shape[1], padded(codes.shape[0]))
+
+@fake
+def dequantize(codes, scales, dtype): return codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype)
+
+@fake
+def gemm(a, a_scales, b, b_scales, alpha, dtype): return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+@fake
+def unrotate(d, mask, dtype): return d.new_empty(d.shape, dtype=dtype)
+
+@fake
+def draw(like, n): return like.new_empty(1, dtype=torch.int64), like.new_empty(n, dtype=torch.int64)
+
+
+# ---- compiled kernels
+
+@functools.cache
+def build():
+    """Compile and load the kernels, once; Linear calls it. Returns, and prints, which implementation runs."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.join(here, "build")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "flock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)                   # one process builds, the others wait ...
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, "lock"))        # ... and what a killed one left cannot block torch
+            cpp_extension.load("fp4_kernels", [os.path.join(here, f) for f in ("bind.cpp", "cpu.cpp")],
+                build_directory=folder, is_python_module=False,
+                extra_cflags=["-O3", "-march=native", "-ffp-contract=off"])
+        how = "cpu.cpp, byte-equal to the definition"
+    except (OSError, RuntimeError, ImportError) as error:      # no compiler, no ninja, nowhere to write, ...
+        how = f"reference.py, about 30 times slower, because the kernels did not build ({str(error).splitlines()[0]})"
+    print("fp4: running", how, file=sys.stderr)
+    return how
+
+from .linear import Linear, quantize_weights_after
+from .recipes import AXES, RECIPES, Recipe, recipe

@@ -1,0 +1,88 @@
+"""
+y = x w.T with all three matrix products in MXFP4: Quartet's Algorithm 1 (arXiv 2505.14669v4).
+
+             left operand        right operand     summed over
+    y    =   QuEST(x H)          QuEST(w H).T      K   in-features     fixed rotation H
+    dx   =   Q(dy S)             Q(wq.T S).T       N   out-features    S = fresh random signs, then H
+    dw   =   Q(dy.T S)           Q(xq.T S).T       M   tokens
+
+H and S are orthogonal along the axis that is summed over, so they cancel inside each product. Both
+backward operands carry a factor 3/4 that keeps the largest value from clipping: alpha = 16/9 takes it out
+again. dx and dw arrive in the rotated basis of xq and wq: mask what clipped there, then rotate back.
+
+Saved for backward: xq and wq as they are, 4.25 bits a value and one mask bit; nothing in high precision.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from .recipes import recipe
+
+ops = torch.ops.fp4
+
+
+class QuartetMatmul(torch.autograd.Function):
+    """x [M, K], w [N, K] -> [M, N] in x's dtype. w is only where the gradient goes: its values are in packed_w"""
+
+    @staticmethod
+    def forward(ctx, x, w, packed_w, recipe):
+        xc, xs, x_mask = ops.quantize_forward(x, recipe.scale)
+        wc, ws, w_mask = packed_w
+        ctx.save_for_backward(xc, xs, x_mask, wc, ws, w_mask)
+        ctx.recipe = recipe
+        return ops.gemm(xc, xs, wc, ws, 1.0, x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        xc, xs, x_mask, wc, ws, w_mask = ctx.saved_tensors
+        dy = dy.contiguous()
+        if ctx.recipe.backward:
+            how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after"
+            signs, seeds = ops.draw(dy, 4)                                           # one sign word, four tensors
+            gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], *how)     # dy and dy.T
+            wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], *how)               # wq.T
+            xtc, xts = ops.requantize(xc, xs, signs, seeds[3:], *how)                # xq.T
+            dx = ops.gemm(gc, gs, wtc, wts, 16 / 9, dy.dtype)
+            dw = ops.gemm(gtc, gts, xtc, xts, 16 / 9, torch.float32)
+        else:
+            dx = dy @ ops.dequantize(wc, ws, dy.dtype)
+            dw = dy.T @ ops.dequantize(xc, xs, dy.dtype)
+        return ops.unrotate(dx, x_mask, dy.dtype), ops.unrotate(dw, w_mask, torch.float32), None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias whose products run as its recipe says; in- and out-features are multiples of 32.
+    The weight stays float32 for the optimizer. Linear(640, 1792, "fp4", scale="nearest")"""
+
+    def __init__(self, n_in, n_out, precision, **axes):
+        self.recipe = recipe(precision, **axes)
+        for name, n in (("in", n_in), ("out", n_out)):
+            if n % 32 and (self.recipe.forward or self.recipe.backward):
+                raise ValueError(f"fp4: {name}-features must be a multiple of 32, got {n}")
+        super().__init__(n_in, n_out, bias=False)
+        self.packed = self.version = None
+
+    def forward(self, x):
+        if not self.recipe.forward:
+            return F.linear(x, self.weight.to(x.dtype))
+        y = QuartetMatmul.apply(x.reshape(-1, x.shape[-1]), self.weight, self.packed_weight(), self.recipe)
+        return y.view(*x.shape[:-1], -1)
+
+    def packed_weight(self):
+        if self.packed is None or not torch.compiler.is_compiling() and self.version != self.weight._version:
+            return ops.quantize_forward(self.weight.detach(), self.recipe.scale)
+        return self.packed
+
+    def quantize_weight(self):
+        """quantise now, for every forward until the weight changes; into the same memory each time"""
+        packed = ops.quantize_forward(self.weight.detach(), self.recipe.scale)
+        self.packed = [old.copy_(new) for old, new in zip(self.packed, packed)] if self.packed else packed
+        self.version = self.weight._version
+
+
+def quantize_weights_after(optimizer, model):
+    """quantise the weights of model's fp4 layers now, and after each optimizer.step(): once a step, not once a microbatch"""
+    layers = [m for m in model.modules() if isinstance(m, Linear) and m.recipe.forward]
+    def quantize(*_):
+        for layer in layers: layer.quantize_weight()
+    quantize()
+    optimizer.register_step_post_hook(quantize)

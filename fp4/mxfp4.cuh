@@ -1,0 +1,131 @@
+/*
+The arithmetic of reference.py on W blocks of 32 side by side: v[i][w] is element i of block w.
+A CUDA thread owns one block (W = 1). On a CPU W = 16, and the innermost loops become vector
+instructions. Same operations in the same order as reference.py, so that the bytes are equal:
+compile with -ffp-contract=off (g++) or -fmad=false (nvcc), because a fused multiply-add rounds
+once where the reference rounds twice. No CUDA calls, no torch.
+*/
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define FN __host__ __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#else
+#define FN inline
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace mxfp4 {
+
+template <int W> using Block = float[32][W];
+
+FN uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+FN float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+// 2^e for e in [-127, 127]; -127 is subnormal
+FN float pow2(int e) { return float_of(e > -127 ? uint32_t(e + 127) << 23 : 0x400000u); }
+FN int exponent(float x) { return int(bits_of(x) >> 23 & 255) - 127; }     // floor(log2 x) of a normal x > 0
+FN bool finite(float x) { return (bits_of(x) >> 23 & 255) != 255; }
+FN int clamp_exponent(int e) { return e < -127 ? -127 : e > 127 ? 127 : e; }
+
+// ---- a block: rotate, spread, largest
+
+template <int W> FN void flip(Block<W>& v, uint32_t signs) {               // bit i set: negate element i
+  UNROLL for (int i = 0; i < 32; i++) {
+    const float sign = signs >> i & 1 ? -1 : 1;
+    for (int w = 0; w < W; w++) v[i][w] *= sign;
+  }
+}
+
+template <int W> FN void hadamard(Block<W>& v) {
+  UNROLL for (int h = 1; h < 32; h *= 2)
+    UNROLL for (int j = 0; j < 16; j++) {
+      const int i = j / h * 2 * h + j % h;                                 // the 16 pairs (i, i + h)
+      for (int w = 0; w < W; w++) {
+        const float a = v[i][w], b = v[i + h][w];
+        v[i][w] = a + b, v[i + h][w] = a - b;
+      }
+    }
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < W; w++) v[i][w] *= 0.17677669529663687f;           // 32^-0.5
+}
+
+template <int W> FN void total(Block<W>& v) {                              // the sum ends in v[0]
+  UNROLL for (int h = 1; h < 32; h *= 2)
+    UNROLL for (int i = 0; i < 32; i += 2 * h)
+      for (int w = 0; w < W; w++) v[i][w] += v[i + h][w];
+}
+
+// t = the QuEST scale before it is rounded to a power of two
+template <int W> FN void quest(const Block<W>& v, float (&t)[W]) {
+  Block<W> sum, square;
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < W; w++) sum[i][w] = v[i][w], square[i][w] = v[i][w] * v[i][w];
+  total(sum), total(square);
+  for (int w = 0; w < W; w++) {
+    const float mean = sum[0][w] / 32;
+    float variance = square[0][w] / 32 - mean * mean;
+    variance = variance < 0 ? 0 : variance;                                // not fmaxf: NaN must stay
+    t[w] = sqrtf(variance) * float(2.92247856 / 6) + 1e-8f;
+  }
+}
+
+FN int quest_exponent(float t, bool nearest) {
+  const float mantissa = float_of((bits_of(t) & 0x7FFFFFu) | 0x3F800000u); // in [1, 2)
+  return clamp_exponent(exponent(t) + (nearest && mantissa > 1.41421356f));
+}
+
+// the largest magnitude; as integers, because then NaN counts as larger than everything
+template <int W> FN void largest(const Block<W>& v, float (&m)[W]) {
+  uint32_t u[W] = {};
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < W; w++) {
+      const uint32_t a = bits_of(v[i][w]) & 0x7FFFFFFFu;
+      u[w] = a > u[w] ? a : u[w];
+    }
+  for (int w = 0; w < W; w++) m[w] = float_of(u[w]);
+}
+
+FN int absmax_exponent(float m) { return m == 0 ? 0 : clamp_exponent(exponent(m) - 2); }
+
+// ---- an element: u = v / scale -> code, and back
+
+FN int sign_bit(float u) { return bits_of(u) >> 31 << 3; }
+
+FN int round_nearest(float u) {                                            // ties to the even code
+  const float a = float_of(bits_of(u) & 0x7FFFFFFFu);
+  return (a > .25f) + (a >= .75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
+}
+
+FN float value(int code) {                                                 // 0..15 -> -6..6
+  const int e = code >> 1 & 3, m = code & 1, normal = e > 0;
+  const float a = .5f * ((2 * normal + m) << (e - normal));
+  return float_of(bits_of(a) | uint32_t(code & 8) << 28);
+}
+
+FN int round_stochastic(float u, int noise) {                              // noise in [0, 256)
+  const float a = float_of(bits_of(u) & 0x7FFFFFFFu);
+  const int lo = (a >= .5f) + (a >= 1.f) + (a >= 1.5f) + (a >= 2.f) + (a >= 3.f) + (a >= 4.f);
+  const float step = .5f * (1 << ((lo >= 4) + (lo >= 6)));
+  return lo + (a - value(lo) > step * ((noise + .5f) / 256));              // exact on both sides
+}
+
+FN float scale_of(uint8_t byte) { return byte == 255 ? float_of(0x7FC00000u) : pow2(byte - 127); }
+
+// ---- noise: Philox4x32-10, key = seed, counter = i. Element n of a tensor gets byte n % 16 of call n / 16
+
+FN void philox(uint64_t seed, uint64_t i, uint32_t (&c)[4]) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  c[0] = uint32_t(i), c[1] = uint32_t(i >> 32), c[2] = 0, c[3] = 0;
+  UNROLL for (int round = 0; round < 10; round++) {
+    const uint64_t p0 = uint64_t(0xD2511F53u) * c[0], p1 = uint64_t(0xCD9E8D57u) * c[2];
+    c[0] = uint32_t(p1 >> 32) ^ c[1] ^ k0, c[1] = uint32_t(p1);
+    c[2] = uint32_t(p0 >> 32) ^ c[3] ^ k1, c[3] = uint32_t(p0);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+}
+
+}  // namespace mxfp4
