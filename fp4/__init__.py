@@ -2,13 +2,11 @@
 A few ops, each with several implementations and one schema; the device of the tensors picks one:
 
     CompositeExplicitAutograd   reference.py, the definition: runs on anything, slowly
-    CPU                         cpu.cpp, once build() has compiled it
+    CPU                         cpu.cpp, once build() has compiled it (build.py)
 
 Shapes: M rows, K columns in blocks of 32; packed matrices are codes [M, K/2] and scales [M, K/32].
 """
-import contextlib, fcntl, functools, os, sys
 import torch
-from torch.utils import cpp_extension
 from . import reference
 
 lib = torch.library.Library("fp4", "DEF")
@@ -62,27 +60,6 @@ def unrotate(d, mask, dtype): return d.new_empty(d.shape, dtype=dtype)
 def draw(like, n): return like.new_empty(1, dtype=torch.int64), like.new_empty(n, dtype=torch.int64)
 
 
-# ---- compiled kernels
-
-@functools.cache
-def build():
-    """Compile and load the kernels, once; Linear calls it. Returns, and prints, which implementation runs."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    folder = os.path.join(here, "build")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "flock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                   # one process builds, the others wait ...
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, "lock"))        # ... and what a killed one left cannot block torch
-            cpp_extension.load("fp4_kernels", [os.path.join(here, f) for f in ("bind.cpp", "cpu.cpp")],
-                build_directory=folder, is_python_module=False,
-                extra_cflags=["-O3", "-march=native", "-ffp-contract=off"])
-        how = "cpu.cpp, byte-equal to the definition"
-    except (OSError, RuntimeError, ImportError) as error:      # no compiler, no ninja, nowhere to write, ...
-        how = f"reference.py, about 30 times slower, because the kernels did not build ({str(error).splitlines()[0]})"
-    print("fp4: running", how, file=sys.stderr)
-    return how
-
+from .build import build
 from .linear import Linear, quantize_weights_after
 from .recipes import AXES, RECIPES, Recipe, recipe

@@ -15,6 +15,7 @@ Saved for backward: xq and wq as they are, 4.25 bits a value and one mask bit; n
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from .build import build
 from .recipes import recipe
 
 ops = torch.ops.fp4
@@ -58,6 +59,8 @@ class Linear(nn.Linear):
         for name, n in (("in", n_in), ("out", n_out)):
             if n % 32 and (self.recipe.forward or self.recipe.backward):
                 raise ValueError(f"fp4: {name}-features must be a multiple of 32, got {n}")
+        if self.recipe.forward or self.recipe.backward:
+            build()                                             # the kernels, at their first use
         super().__init__(n_in, n_out, bias=False)
         self.packed = self.version = None
 
