@@ -12,6 +12,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fp4 import Linear                      # the quantised matmul; precision is a row of fp4/recipes.py
 
+#         layers width heads   lr       tiny is ours, the others are the paper's (Table 4 and main_setup.sh)
+SIZES = {
+    "tiny":  (4,   128,   2,   8e-3),
+    "30M":   (6,   640,   5,   1.2e-3),
+    "50M":   (7,   768,   6,   1.2e-3),
+    "100M":  (8,   1024,  8,   6e-4),
+    "200M":  (10,  1280,  10,  3e-4),
+    "430M":  (13,  1664,  13,  1.5e-4),
+    "800M":  (16,  2048,  16,  7.5e-5),
+    "1600M": (20,  2560,  20,  3.75e-5),
+    "3200M": (28,  3072,  24,  7.5e-5),
+    "7B":    (32,  4096,  32,  9.375e-6),
+}
+
 
 class RMSNorm(nn.Module):
     def __init__(self, C):

@@ -23,8 +23,9 @@ for schema in (
     lib.define(schema)
     name = schema.split("(")[0]
     lib.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-# opaque, so that torch.compile can neither draw twice from one call nor merge the calls of two layers
-lib.define("draw(Tensor like, int n) -> (Tensor signs, Tensor seeds)", tags=torch.Tag.nondeterministic_seeded)
+# opaque, so that torch.compile cannot draw anew in each consumer; dy keeps the call in the backward pass, and x, which
+# differs from layer to layer, keeps the calls of two layers with one dy from being merged into one (both were seen)
+lib.define("draw(Tensor dy, Tensor x, int n) -> (Tensor signs, Tensor seeds)", tags=torch.Tag.nondeterministic_seeded)
 lib.impl("draw", reference.draw, "CompositeExplicitAutograd")
 
 
@@ -57,7 +58,7 @@ def gemm(a, a_scales, b, b_scales, alpha, dtype): return a.new_empty(a.shape[0],
 def unrotate(d, mask, dtype): return d.new_empty(d.shape, dtype=dtype)
 
 @fake
-def draw(like, n): return like.new_empty(1, dtype=torch.int64), like.new_empty(n, dtype=torch.int64)
+def draw(dy, x, n): return dy.new_empty(1, dtype=torch.int64), dy.new_empty(n, dtype=torch.int64)
 
 
 from .build import build

@@ -38,7 +38,7 @@ class QuartetMatmul(torch.autograd.Function):
         dy = dy.contiguous()
         if ctx.recipe.backward:
             how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after"
-            signs, seeds = ops.draw(dy, 4)                                           # one sign word, four tensors
+            signs, seeds = ops.draw(dy, xc, 4)                                       # one sign word, four tensors
             gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], *how)     # dy and dy.T
             wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], *how)               # wq.T
             xtc, xts = ops.requantize(xc, xs, signs, seeds[3:], *how)                # xq.T

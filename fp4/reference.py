@@ -19,10 +19,7 @@ E2M1 = (0., .5, 1., 1.5, 2., 3., 4., 6.)      # the magnitudes of codes 0..7
 H = 32 ** -.5                                 # the entries of the normalised Hadamard matrix are +-H
 SPREAD = 2.92247856 / 6                       # QuEST: scale / std with the least squared error on a Gaussian
 U32 = 0xFFFFFFFF
-
-
 # ---- blocks of 32: [..., K] -> [..., K/32, 32]
-
 def butterfly(v, op):
     """five stages, stride 1, 2, 4, 8, 16: (a, b) -> op(a, b)"""
     for h in (1, 2, 4, 8, 16):
@@ -42,25 +39,17 @@ def blocks(x):
 def check(ok, sentence):
     if not ok: raise ValueError("fp4: " + sentence)
 
-
-# ---- powers of two, exactly
-
-def pow2(e):
-    """2.0**e in float32 for integers e in [-127, 127]: the exponent field of a float64"""
-    return ((e.long() + 1023) << 52).view(torch.float64).float()
-
+# ---- scales, and rounding u = v / scale to a code
 def floor_log2(x): return torch.frexp(x).exponent - 1
 
-
-# ---- rounding u = v / scale to a code
-
-def signed(code, u): return code + 8 * torch.signbit(u)
+def pow2(e):
+    """2.0**e in float32, exactly, for integers e in [-127, 127]: the exponent field of a float64"""
+    return ((e.long() + 1023) << 52).view(torch.float64).float()
 
 def round_nearest(u):
     """saturates at 6; ties go to the even code, as cvt.rn.satfinite.e2m1x2 does"""
-    a = u.abs()
-    return signed(sum((a > m).int() for m in (.25, 1.25, 2.5, 5.)) +      # a tie goes down, to 0, 2, 4, 6
-                  sum((a >= m).int() for m in (.75, 1.75, 3.5)), u)       # a tie goes up, to 2, 4, 6
+    down, up = (.25, 1.25, 2.5, 5.), (.75, 1.75, 3.5)           # a tie goes to 0, 2, 4, 6; to 2, 4, 6
+    return sum((u.abs() > m).int() for m in down) + sum((u.abs() >= m).int() for m in up) + 8 * torch.signbit(u)
 
 def round_stochastic(u, noise):
     """up with probability (|u| - lo) / (hi - lo); |u| < 6. noise is [0, 256): the probability comes in
@@ -68,7 +57,7 @@ def round_stochastic(u, noise):
     a, grid = u.abs(), torch.tensor(E2M1, device=u.device)
     lo = sum((a >= m).int() for m in E2M1[1:7])
     p = (a - grid[lo]) / (grid[lo + 1] - grid[lo])
-    return signed(lo + (p > (noise + .5) / 256), u)
+    return lo + (p > (noise + .5) / 256) + 8 * torch.signbit(u)
 
 def philox(seed, n):
     """[n, 4] words: Philox4x32-10 (Salmon et al., SC'11), key = the 64-bit seed, counter = 0 .. n-1"""
@@ -85,9 +74,7 @@ def noise(seed, n):
     shifts = torch.arange(0, 32, 8, device=seed.device)
     return (philox(seed, (n + 15) // 16)[..., None] >> shifts & 255).flatten()[:n]
 
-
 # ---- packing
-
 def pack(code, e, finite):
     """codes and exponents of blocks -> codes [M, K/2], scales [M, K/32]"""
     code = torch.where(finite, code, 0).flatten(-2).to(torch.uint8)
@@ -110,16 +97,13 @@ def bits(mask):
 def unbits(words):
     return words.long()[..., None] >> torch.arange(32, device=words.device) & 1
 
-
 # ---- the ops; schemas in __init__.py
-
 def quantize_forward(x, scale):
     """QuEST (paper section 4.3): x [M, K] rotated -> codes, scales, and mask int32 [M, K/32], one bit a
     value: did not clip. The power-of-two scale is the one below ("floor") or nearest to the best ("nearest")"""
     check(scale in ("floor", "nearest"), f"scale must be floor or nearest, got {scale}")
     v = hadamard(blocks(x))
-    mean = total(v) / 32
-    variance = (total(v * v) / 32 - mean * mean).clamp_min(0)     # rounding can leave it below 0; NaN stays
+    variance = (total(v * v) / 32 - (total(v) / 32).square()).clamp_min(0)      # rounding can leave it below 0; NaN stays
     t = variance.sqrt() * SPREAD + 1e-8
     e = floor_log2(t)
     if scale == "nearest":
@@ -161,7 +145,7 @@ def unrotate(d, mask, dtype):
     the (symmetric) rotation is undone. A product, not a selection: NaN * 0 is NaN and stays visible"""
     return hadamard(blocks(d) * unbits(mask)).flatten(-2).to(dtype)
 
-def draw(like, n):
-    """fresh random signs int64 [1] and n seeds int64 [n] from torch's generator of like's device"""
-    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (n + 1,), device=like.device)
+def draw(dy, x, n):
+    """fresh random signs int64 [1] and n seeds int64 [n] from torch's generator of dy's device; x is not read"""
+    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (n + 1,), device=dy.device)
     return random[:1].clone(), random[1:].clone()

@@ -1,0 +1,16 @@
+"""The reading budget: lines a file, and the path quartet -> model -> linear -> reference. Fails above."""
+import glob, os, sys
+
+os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+BUDGET = {"quartet.py": 350, "model.py": 200, "fp4/bench.py": 400}
+over = False
+for path in ["quartet.py", "model.py", *sorted(glob.glob("fp4/*.*") + glob.glob("data/*.py"))]:
+    limit = BUDGET.get(path, {"py": 150, "cu": 300, "cuh": 300, "cpp": 300, "h": 100}[path.split(".")[-1]] if path[:3] == "fp4" else 300)
+    n = sum(1 for _ in open(path))
+    over |= n > limit
+    print(f"{n:5d} of {limit}  {path}" + "  OVER" * (n > limit))
+path = ["quartet.py", "model.py", "fp4/linear.py", "fp4/reference.py"]
+n = sum(sum(1 for _ in open(p)) for p in path)
+over |= n > 725
+print(f"{n:5d} of 725  {' -> '.join(path)}" + "  OVER" * (n > 725))
+sys.exit(over)
