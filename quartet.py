@@ -48,8 +48,7 @@ class Config:
     device: str = ""                # cpu | cuda; default: a GPU if there is one
     dtype: str = ""                 # of activations: bfloat16 | float32; default: float32 on a CPU
 
-AXES = "precision", *fp4.AXES
-
+AXES = "precision", *fp4.AXES                                   # what a comma list can be given for
 # dense BF16 TFLOP/s by the vendors' datasheets; the first name that the device's contains
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362, "L4": 121,
         "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71}
@@ -58,10 +57,8 @@ PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "
 class Stop(Exception):
     """the run cannot start or go on; the message is one sentence for the user"""
 
-
 def check(ok, sentence):
     if not ok: raise Stop(sentence)
-
 
 def parse(argv):
     """the dataclass above as a command line; the comments there are the help texts"""
@@ -70,7 +67,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields:
         help = source.split(f"    {f.name}: ")[1].split("\n")[0].split("# ")[1]
-        kind = dict(action="store_true") if f.type is bool else dict(metavar="X", type=number if f.type is int else f.type)
+        kind = dict(action="store_true") if f.type is bool else dict(metavar="X", type={int: number}.get(f.type, f.type))
         parser.add_argument("--" + f.name, default=f.default, help=help, **kind)
     def error(message):
         word = message.split("arguments: ")[-1].split()[0].split("=")[0]
@@ -80,11 +77,7 @@ def parse(argv):
     return Config(**vars(parser.parse_args(argv)))
 
 
-def number(text):
-    """3e9 and 3_000_000_000 are whole numbers too"""
-    if float(text) != int(float(text)): raise ValueError
-    return int(float(text))
-
+def number(text): return int(float(text)) if float(text).is_integer() else int(text)         # 3e9 is a whole number too
 
 def axes(cfg): return {axis: getattr(cfg, axis) for axis in fp4.AXES if getattr(cfg, axis)}
 
@@ -156,7 +149,7 @@ def load(path):
     check(os.path.exists(path), f"there is no checkpoint {path}: train first, or name another run with --name")
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: raise Stop(f"{path} is not a checkpoint of quartet.py ({type(error).__name__})")
-    check(isinstance(state, dict) and state.get("version") == 1, f"{path} is not a checkpoint of this version of quartet.py")
+    check(isinstance(state, dict) and state.get("version") == 1, f"{path} is of another version of quartet.py")
     return state
 
 
@@ -165,12 +158,12 @@ def device_name(cfg): return "CPU" if cfg.device == "cpu" else torch.cuda.get_de
 
 def log_text(cfg, how, history):
     """log.csv: what made the run, then a line a step"""
-    def git(*args): return subprocess.run(["git", *args], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip()
-    try: commit = git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else "")
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try: commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""
-    return "\n".join([f"# commit {commit or 'unknown'}", f"# config {json.dumps(dataclasses.asdict(cfg))}",
-        f"# device {device_name(cfg)}, torch {torch.__version__}, {torch.get_num_threads()} threads", f"# fp4 {how}",
-        "step,loss,val,lr,norm,ms,tokens_per_s,mfu", *map(csv, history), ""])
+    machine = f"{device_name(cfg)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    head = f"# commit {commit or 'unknown'}", f"# config {json.dumps(dataclasses.asdict(cfg))}", f"# device {machine}", f"# fp4 {how}"
+    return "\n".join([*head, "step,loss,val,lr,norm,ms,tokens_per_s,mfu", *map(csv, history), ""])
 
 
 def csv(row):
@@ -224,15 +217,14 @@ def train(cfg):
     steps = cfg.steps or int((cfg.tokens or cfg.tokens_per_param * N) // (B * T))
     check(steps > 0, f"the run is shorter than one step of {B * T:,} tokens")
     every = cfg.eval_every or max(1, steps // 10)
-    inside = [p for p in model.blocks.parameters() if p.dim() == 2]
-    outside = [p for p in model.parameters() if not any(p is q for q in inside)]
-    groups = [dict(params=inside, weight_decay=cfg.weight_decay), dict(params=outside, weight_decay=0.)]
+    linear = lambda name, p: name.startswith("blocks") and p.dim() == 2
+    groups = [dict(params=[p for name, p in model.named_parameters() if linear(name, p) == yes],
+                   weight_decay=cfg.weight_decay * yes) for yes in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     history = restore(state, cfg, model, optimizer) if state else []
     if not state and os.path.exists(folder):                    # an earlier run of this name is set aside, not lost
         aside = next(f for i in itertools.count(1) if not os.path.exists(f := f"{folder}.{i}"))
-        try: os.rename(folder, aside)
-        except OSError as error: raise Stop(f"cannot write {folder}: {error.strerror}")
+        os.rename(folder, aside)
         print(f"{folder} existed and is now {aside}")
     fp4.quantize_weights_after(optimizer, model)
     how = fp4.build() if fp4.recipe(cfg.precision, **axes(cfg)).forward else "not used"
@@ -267,8 +259,8 @@ def train(cfg):
             mfu = f"{speed * model.flops_per_token(T) / peak / 1e12:.1%}" if peak else "n/a"
             history.append((done, loss, val, lr, norm, 1000 * seconds, speed, mfu))
             log.write(csv(history[-1]) + "\n")
-            bar.write(f"step {done:5d}/{steps}  loss {loss:.4f}  val {'' if val is None else f'{val:.4f}':6s}  lr {lr:.2e}  "
-                      f"norm {norm:5.2f}  {1000 * seconds:6.0f} ms  {speed:9,.0f} tok/s  MFU {mfu}")
+            bar.write(f"step {done:5d}/{steps}  loss {loss:.4f}  val {val or '':6}  lr {lr:.2e}  norm {norm:5.2f}  "
+                      f"{1000 * seconds:6.0f} ms  {speed:9,.0f} tok/s  MFU {mfu}")
             bar.update()
             if evaluated:
                 state = snapshot(cfg, vocab, data_folder, model, optimizer, history)
@@ -277,8 +269,9 @@ def train(cfg):
     print("\n" + sample(model, data_folder, "import ", cfg))
     picture = curves(os.path.join(folder, "curve.svg"), {cfg.name: history})
     print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}, {path}")
-    return dict(name=cfg.name, history=history, val=history[-1][2], speed=statistics.median(row[6] for row in history),
-                memory=f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB" if gpu else "n/a")
+    memory = f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB" if gpu else "n/a"
+    return dict(name=cfg.name, history=history, val=history[-1][2], memory=memory,
+                speed=statistics.median(row[6] for row in history))
 
 
 def snapshot(cfg, vocab, data_folder, model, optimizer, history):
@@ -295,7 +288,8 @@ def restore(state, cfg, model, optimizer):
     said = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in new if k not in free and new[k] != old.get(k))
     try: model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError):
-        raise Stop(f"the checkpoint of {cfg.name} is of another model ({said or 'the vocabulary differs'}): choose another --name")
+        why = said or "the vocabulary differs"
+        raise Stop(f"the checkpoint of {cfg.name} is of another model ({why}): choose another --name")
     if said: print(f"resuming with other settings: {said}")
     torch.set_rng_state(state["rng"])
     if cfg.device != "cpu" and state["cuda_rng"] is not None: torch.cuda.set_rng_state(state["cuda_rng"], cfg.device)
@@ -306,7 +300,7 @@ def restore(state, cfg, model, optimizer):
 
 def sample_from_checkpoint(cfg):
     state = load(os.path.join(cfg.out, cfg.name, "ckpt.pt"))
-    model = build_model(dataclasses.replace(Config(**state["config"]), device=cfg.device, dtype=cfg.dtype), state["vocab"])
+    model = build_model(dataclasses.replace(Config(**state["config"]), device=cfg.device), state["vocab"])
     model.load_state_dict(state["model"])
     return sample(model, state["data"], cfg.sample, cfg)
 
@@ -324,7 +318,8 @@ def sample(model, data_folder, text, cfg):
 def main(argv):
     asked = parse(argv)
     choices = [[v.strip() for v in getattr(asked, axis).split(",")] for axis in AXES]
-    configs = [complete(dataclasses.replace(asked, **dict(zip(AXES, values)))) for values in itertools.product(*choices)]
+    combinations = [dict(zip(AXES, values)) for values in itertools.product(*choices)]
+    configs = [complete(dataclasses.replace(asked, **values)) for values in combinations]
     if asked.sample:
         return print(sample_from_checkpoint(configs[0]))
     if asked.name and len(configs) > 1:
@@ -342,9 +337,12 @@ def main(argv):
 def cli(argv):
     """main, with everything a user can mend said in one sentence; returns the exit code"""
     try: main(argv)
-    except (Stop, tokens.DataError) as error:
+    except (Stop, tokens.DataError, OSError) as error:          # OSError: the log's disk is full, say
         print(f"quartet: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("quartet: stopped; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -41,7 +41,6 @@ def check(ok, sentence):
 
 # ---- scales, and rounding u = v / scale to a code
 def floor_log2(x): return torch.frexp(x).exponent - 1
-
 def pow2(e):
     """2.0**e in float32, exactly, for integers e in [-127, 127]: the exponent field of a float64"""
     return ((e.long() + 1023) << 52).view(torch.float64).float()
@@ -124,8 +123,8 @@ def absmax(x, signs, seed, stochastic, signs_after):
     return pack(torch.where(largest == 0, 0, code), e, largest.isfinite())
 
 def quantize_backward(x, signs, seeds, stochastic, signs_after):
-    """x [M, K] -> packed [M, K], in blocks along K, and packed x.T [K, M], in blocks along M (padded with
-    zeros to a multiple of 32). signs int64 [1]: 32 sign bits; seeds int64 [2]: of the one and of the other"""
+    """x [M, K] -> packed [M, K], and packed x.T [K, M] with M padded with zeros to a multiple of 32.
+    signs int64 [1]: 32 sign bits; seeds int64 [2]: of the one and of the other"""
     xt = F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T
     return *absmax(x, signs, seeds[0], stochastic, signs_after), *absmax(xt, signs, seeds[1], stochastic, signs_after)
 

@@ -11,6 +11,6 @@ for path in ["quartet.py", "model.py", *sorted(glob.glob("fp4/*.*") + glob.glob(
     print(f"{n:5d} of {limit}  {path}" + "  OVER" * (n > limit))
 path = ["quartet.py", "model.py", "fp4/linear.py", "fp4/reference.py"]
 n = sum(sum(1 for _ in open(p)) for p in path)
-over |= n > 725
-print(f"{n:5d} of 725  {' -> '.join(path)}" + "  OVER" * (n > 725))
+over |= n > 730
+print(f"{n:5d} of 730  {' -> '.join(path)}" + "  OVER" * (n > 730))
 sys.exit(over)

@@ -229,7 +229,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(run, tmp_path):
     (tmp_path / "r" / "ckpt.pt").write_bytes(b"hello")
     assert run("--resume", "--name", "r", "--steps", 2)[:2] == (2, f"quartet: {tmp_path}/r/ckpt.pt is not a checkpoint of quartet.py (KeyError)")
     torch.save({"weights": 1}, tmp_path / "r" / "ckpt.pt")
-    assert "not a checkpoint of this version" in run("--resume", "--name", "r", "--steps", 2)[1]
+    assert "is of another version" in run("--resume", "--name", "r", "--steps", 2)[1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_loss_rate_and_checkpoint(run, tmp_path):
