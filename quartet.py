@@ -178,11 +178,11 @@ def curves(path, runs):
     except ImportError: return "(no picture: matplotlib is not installed)"
     figure = Figure(figsize=(7, 4), layout="constrained")
     plot = figure.subplots()
-    for color, (label, rows) in zip(itertools.cycle(f"C{i}" for i in range(10)), runs.items()):
+    for color, (label, rows) in zip(itertools.cycle(["0.4", "C3", "C0", "C2", "C1", "C4"]), runs.items()):
         plot.plot([r[0] for r in rows], [r[1] for r in rows], color=color, alpha=0.25, linewidth=1)
         val = [(r[0], r[2]) for r in rows if r[2] is not None]
         plot.plot(*zip(*val), color=color, label=f"{label}  {val[-1][1]:.4f}")
-    plot.set(xlabel="step", ylabel="validation loss")
+    plot.set(xlabel="step", ylabel="loss")
     plot.legend()
     write(path, lambda file: figure.savefig(file, format="svg"))
     return path

@@ -20,6 +20,7 @@ from data.tokens import DataError, TokenWriter, open_tokens
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEXT = (".py", ".pyi", ".md", ".rst", ".txt")
+TABLES = ("test", "tests", "idle_test", "encodings", "pydoc_data")          # folders of the standard library that are no prose
 URLS = {
     "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "fineweb": "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{i:06d}.bin",
@@ -61,7 +62,7 @@ def listing(name):
     """[(relative path, path)] of the text files of a corpus, sorted"""
     stdlib = sysconfig.get_paths()["stdlib"]
     if os.path.isfile(name): return [(os.path.basename(name), name)]
-    if name == "stdlib": return walk(stdlib, (".py",), skip=("site-packages", "dist-packages", "test", "tests", "idle_test"))
+    if name == "stdlib": return walk(stdlib, (".py",), skip=TABLES + ("site-packages", "dist-packages"))
     if name == "python":
         roots = dict.fromkeys([*site.getsitepackages(), *(sysconfig.get_paths()[k] for k in ("purelib", "platlib"))])
         return listing("stdlib") + [f for root in roots for f in walk(root, TEXT)]

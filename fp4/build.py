@@ -3,7 +3,6 @@ Compile the kernels for the machine at hand, once, into fp4/build/. Without a co
 """
 import contextlib, fcntl, functools, os, sys
 import torch
-from torch.utils import cpp_extension
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -11,6 +10,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 @functools.cache
 def build():
     """load the kernels, compiled if they are not; returns, and prints once, which implementation runs"""
+    from torch.utils import cpp_extension                       # here, because it looks for CUDA and warns
     folder = os.path.join(HERE, "build")
     try:
         os.makedirs(folder, exist_ok=True)
