@@ -13,7 +13,14 @@ using std::tuple;
 
 namespace {
 
-#define CHECK(ok, ...) STD_TORCH_CHECK(ok, "fp4: ", __VA_ARGS__)
+// the sentence is put together without a stream: std::ostringstream crashes in a library into which the compiler
+// has linked a part of libstdc++ (seen: Ubuntu 24.04's g++ 13 with torch 2.11)
+std::string text(const char* s) { return s; }
+std::string text(const std::string& s) { return s; }
+std::string text(int64_t n) { return std::to_string(n); }
+#define CHECK(ok, ...) \
+  if (!(ok)) throw std::runtime_error("fp4: " + sentence(__VA_ARGS__))
+template <class... Parts> std::string sentence(const Parts&... parts) { return (text(parts) + ...); }
 
 void check_tensor(const Tensor& t, const char* name, int64_t dim, ScalarType dtype) {
   CHECK(t.dim() == dim && t.scalar_type() == dtype && t.is_contiguous(), name, " must be contiguous, with ", dim,
