@@ -2,9 +2,13 @@
 The ops of __init__.py for compiled kernels: every argument check is here, and nowhere below.
 Torch's stable ABI (torch/csrc/stable) compiles in seconds and needs nothing but the CPU wheel.
 */
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <optional>
+#include <stdexcept>
+#include <string>
 #include "ops.h"
 
 using torch::headeronly::ScalarType;
@@ -27,21 +31,32 @@ void check_tensor(const Tensor& t, const char* name, int64_t dim, ScalarType dty
         " dimension(s) of ", torch::headeronly::toString(dtype), ", got ", t.dim(), " of ", torch::headeronly::toString(t.scalar_type()));
 }
 
+// the kernels read 16 bytes at a time
+void check_aligned(const Tensor& t, const char* name) {
+  CHECK(!t.is_cuda() || uintptr_t(t.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes: clone it");
+}
+
 void check_blocks(const Tensor& x) {
   const bool ok = x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
   CHECK(ok && x.dim() == 2 && x.is_contiguous(), "x must be a contiguous float32 or bfloat16 matrix, got ",
         x.dim(), " dimension(s) of ", torch::headeronly::toString(x.scalar_type()));
+  check_aligned(x, "x");
   CHECK(x.size(1) % 32 == 0, "the last dimension must be a multiple of 32, got ", x.size(1));
+}
+
+void check_with(const Tensor& x, const Tensor& t, const char* name) {
+  CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), name, " is on another device");
 }
 
 void check_packed(const Tensor& codes, const Tensor& scales) {
   check_tensor(codes, "codes", 2, ScalarType::Byte), check_tensor(scales, "scales", 2, ScalarType::Byte);
+  check_with(codes, scales, "scales"), check_aligned(codes, "codes");
   CHECK(codes.size(0) == scales.size(0) && codes.size(1) == 16 * scales.size(1), "codes [M, K/2] and scales [M, K/32] do not match: [",
         codes.size(0), ", ", codes.size(1), "], [", scales.size(0), ", ", scales.size(1), "]");
 }
 
-void check_random(const Tensor& t, const char* name, int64_t n) {
-  check_tensor(t, name, 1, ScalarType::Long);
+void check_random(const Tensor& x, const Tensor& t, const char* name, int64_t n) {
+  check_tensor(t, name, 1, ScalarType::Long), check_with(x, t, name);
   CHECK(t.numel() == n, name, " must have ", n, " element(s), got ", t.numel());
 }
 
@@ -56,31 +71,52 @@ Tensor codes(const Tensor& like, int64_t M, int64_t K) { return empty(like, M, K
 Tensor scales(const Tensor& like, int64_t M, int64_t K) { return empty(like, M, K / 32, ScalarType::Byte); }
 int64_t padded(int64_t M) { return (M + 31) / 32 * 32; }
 
+// where a tensor lives: its table of functions and, on a GPU, torch's current stream
+struct Device {
+  const Ops* ops = &cpu;
+  void* stream = nullptr;
+#ifdef USE_CUDA
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  explicit Device(const Tensor& x) {
+    if (!x.is_cuda()) return;
+    ops = &cuda;
+    guard.emplace(x.get_device_index());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+#else
+  explicit Device(const Tensor&) {}
+#endif
+  const Ops* operator->() const { return ops; }
+};
+
 tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, std::string scale) {
   check_blocks(x);
   CHECK(scale == "floor" || scale == "nearest", "scale must be floor or nearest, got ", scale);
   const int64_t M = x.size(0), K = x.size(1);
   Tensor c = codes(x, M, K), s = scales(x, M, K), mask = empty(x, M, K / 32, ScalarType::Int);
-  cpu::quantize_forward(values(x), M, K, scale == "nearest", bytes(c), bytes(s), (int32_t*)mask.data_ptr());
+  const Device on(x);
+  on->quantize_forward(values(x), M, K, scale == "nearest", bytes(c), bytes(s), (int32_t*)mask.data_ptr(), on.stream);
   return {c, s, mask};
 }
 
 tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const Tensor& signs, const Tensor& seeds,
                                                         bool stochastic, bool signs_after) {
-  check_blocks(x), check_random(signs, "signs", 1), check_random(seeds, "seeds", 2);
+  check_blocks(x), check_random(x, signs, "signs", 1), check_random(x, seeds, "seeds", 2);
   const int64_t M = x.size(0), K = x.size(1), Mp = padded(M);
   Tensor c = codes(x, M, K), s = scales(x, M, K), ct = codes(x, K, Mp), st = scales(x, K, Mp);
-  cpu::quantize_backward(values(x), M, K, {uint32_t(*longs(signs)), signs_after, stochastic}, longs(seeds),
-                         bytes(c), bytes(s), bytes(ct), bytes(st));
+  const Device on(x);
+  on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic}, longs(seeds),
+                          bytes(c), bytes(s), bytes(ct), bytes(st), on.stream);
   return {c, s, ct, st};
 }
 
 tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor& signs, const Tensor& seed,
                                  bool stochastic, bool signs_after) {
-  check_packed(c, s), check_random(signs, "signs", 1), check_random(seed, "seed", 1);
+  check_packed(c, s), check_random(c, signs, "signs", 1), check_random(c, seed, "seed", 1);
   const int64_t M = c.size(0), K = 2 * c.size(1), Mp = padded(M);
   Tensor ct = codes(c, K, Mp), st = scales(c, K, Mp);
-  cpu::requantize(bytes(c), bytes(s), M, K, {uint32_t(*longs(signs)), signs_after, stochastic}, longs(seed), bytes(ct), bytes(st));
+  const Device on(c);
+  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic}, longs(seed), bytes(ct), bytes(st), on.stream);
   return {ct, st};
 }
 
@@ -88,7 +124,8 @@ Tensor dequantize(const Tensor& c, const Tensor& s, ScalarType dtype) {
   check_packed(c, s);
   CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype must be float32 or bfloat16");
   Tensor x = empty(c, c.size(0), 2 * c.size(1), dtype);
-  cpu::dequantize(bytes(c), bytes(s), x.size(0), x.size(1), values(x));
+  const Device on(c);
+  on->dequantize(bytes(c), bytes(s), x.size(0), x.size(1), values(x), on.stream);
   return x;
 }
 
@@ -99,25 +136,47 @@ Tensor gemm(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs
   Tensor x = dequantize(a, as, ScalarType::Float), y = dequantize(b, bs, ScalarType::Float);
   Tensor c = torch::stable::matmul(x, torch::stable::transpose(y, 0, 1));
   Tensor out = empty(c, c.size(0), c.size(1), dtype);
-  cpu::scale((float*)c.data_ptr(), c.numel(), float(alpha), values(out));
+  scale((float*)c.data_ptr(), c.numel(), float(alpha), values(out));
   return out;
 }
 
 Tensor unrotate(const Tensor& d, const Tensor& mask, ScalarType dtype) {
-  check_blocks(d), check_tensor(mask, "mask", 2, ScalarType::Int);
+  check_blocks(d), check_tensor(mask, "mask", 2, ScalarType::Int), check_with(d, mask, "mask");
   CHECK(mask.size(0) == d.size(0) && 32 * mask.size(1) == d.size(1), "mask [M, K/32] does not match d [M, K]");
   Tensor x = empty(d, d.size(0), d.size(1), dtype);
-  cpu::unrotate(values(d), (int32_t*)mask.data_ptr(), d.size(0), d.size(1), values(x));
+  const Device on(d);
+  on->unrotate(values(d), (int32_t*)mask.data_ptr(), d.size(0), d.size(1), values(x), on.stream);
   return x;
 }
 
-}  // namespace
+#ifdef USE_CUDA
+tuple<Tensor, Tensor> fold_packed(const Tensor& c, const Tensor& s, double alpha) {
+  check_packed(c, s);
+  Tensor fp8 = empty(c, c.size(0), 2 * c.size(1), ScalarType::Float8_e4m3fn), row = empty(c, c.size(0), 1, ScalarType::Float);
+  const Device on(c);
+  fold(bytes(c), bytes(s), c.size(0), 2 * c.size(1), float(alpha), bytes(fp8), (float*)row.data_ptr(), on.stream);
+  return {fp8, row};
+}
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
+const auto same_on_both = [](auto& m) {
   m.impl("quantize_forward", TORCH_BOX(&quantize_forward));
   m.impl("quantize_backward", TORCH_BOX(&quantize_backward));
   m.impl("requantize", TORCH_BOX(&requantize));
   m.impl("dequantize", TORCH_BOX(&dequantize));
-  m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("unrotate", TORCH_BOX(&unrotate));
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
+  same_on_both(m);
+  m.impl("gemm", TORCH_BOX(&gemm));
 }
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
+  same_on_both(m);
+  m.impl("fold", TORCH_BOX(&fold_packed));                           // gemm itself is in build.py: a library multiplies
+}
+#endif

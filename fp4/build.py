@@ -3,28 +3,39 @@ Compile the kernels for the machine at hand, once, into fp4/build/. Without a co
 """
 import contextlib, fcntl, functools, os, sys
 import torch
+from . import gemm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+lib = torch.library.Library("fp4", "IMPL")
 
 
 @functools.cache
 def build():
     """load the kernels, compiled if they are not; returns, and prints once, which implementation runs"""
-    from torch.utils import cpp_extension                       # here, because it looks for CUDA and warns
-    folder = os.path.join(HERE, "build")
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "flock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                   # one process builds, the others wait ...
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, "lock"))        # ... and what a killed one left cannot block torch
-            os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]             # ninja
-            cpp_extension.load("fp4_kernels", [os.path.join(HERE, f) for f in ("bind.cpp", "cpu.cpp")],
-                build_directory=folder, is_python_module=False,
-                extra_cflags=["-O3", "-march=native", "-ffp-contract=off"])
-        how = "cpu.cpp (compiled, byte-equal to reference.py) on the CPU"
-        if torch.cuda.is_available(): how += ", reference.py on the GPU, which is slow: it has no kernels yet"
+        if torch.cuda.is_available():
+            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu"], ["-DUSE_CUDA"])
+            product, what = gemm.choose(torch.cuda.get_device_capability())
+            lib.impl("gemm", product, "CUDA")
+            how = f"quantize.cu and {what} on the GPU, cpu.cpp on the CPU"
+        else:
+            compile_and_load(["bind.cpp", "cpu.cpp"], [])
+            how = "cpu.cpp (compiled, byte-equal to reference.py)"
     except (OSError, RuntimeError, ImportError) as error:      # no compiler, no ninja, nowhere to write, ...
         how = f"reference.py, 10 times slower, because the kernels did not build: {str(error).splitlines()[0]}"
     print("fp4 runs", how, file=sys.stderr)
     return how
+
+
+def compile_and_load(sources, flags):
+    from torch.utils import cpp_extension                      # here, because it looks for CUDA and warns
+    folder = os.path.join(HERE, "build")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "flock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                       # one process builds, the others wait ...
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, "lock"))            # ... and what a killed one left cannot block torch
+        os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]                 # ninja
+        cpp_extension.load("fp4_kernels", [os.path.join(HERE, f) for f in sources], build_directory=folder,
+                           is_python_module=False, extra_cflags=["-O3", "-march=native", "-ffp-contract=off", *flags],
+                           extra_cuda_cflags=["-O3", "-fmad=false"])

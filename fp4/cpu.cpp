@@ -12,15 +12,6 @@ namespace {
 
 constexpr int W = 16;
 
-struct bfloat16 { uint16_t bits; };
-float get(float x) { return x; }
-float get(bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
-void put(float& to, float x) { to = x; }
-void put(bfloat16& to, float x) {                             // to nearest, ties to even
-  const uint32_t u = bits_of(x);
-  to.bits = x != x ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-}
-
 // f(pointer of the right type)
 template <class F> void typed(Values x, F f) { x.bf16 ? f((bfloat16*)x.data) : f((float*)x.data); }
 
@@ -74,9 +65,9 @@ void quest_blocks(Block<W>& v, bool nearest, const Packed& to, int32_t* mask) {
 void absmax_blocks(Block<W>& v, Backward how, uint64_t seed, const Packed& to) {
   float m[W], factor[W];
   uint8_t code[32][W], scale[W], keep[W];
-  if (!how.signs_after) flip(v, how.signs);
+  if (!how.signs_after) flip(v, uint32_t(*how.signs));
   hadamard(v);
-  if (how.signs_after) flip(v, how.signs);
+  if (how.signs_after) flip(v, uint32_t(*how.signs));
   largest(v, m);
   for (int w = 0; w < W; w++) {
     const int e = absmax_exponent(m[w]);
@@ -116,9 +107,7 @@ void absmax_columns(int64_t M, int64_t K, Backward how, uint64_t seed, uint8_t* 
   });
 }
 
-}  // namespace
-
-void cpu::quantize_forward(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask) {
+void quantize_forward(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask, void*) {
   typed(x, [=](auto* x) {
     for_groups(M * K / 32, [=](int64_t first, int n) {
       Block<W> v;
@@ -128,8 +117,8 @@ void cpu::quantize_forward(Values x, int64_t M, int64_t K, bool nearest, uint8_t
   });
 }
 
-void cpu::quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
-                            uint8_t* codes, uint8_t* scales, uint8_t* codes_t, uint8_t* scales_t) {
+void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
+                       uint8_t* codes, uint8_t* scales, uint8_t* codes_t, uint8_t* scales_t, void*) {
   typed(x, [=](auto* x) {
     for_groups(M * K / 32, [=](int64_t first, int n) {
       Block<W> v;
@@ -142,8 +131,8 @@ void cpu::quantize_backward(Values x, int64_t M, int64_t K, Backward how, const 
   });
 }
 
-void cpu::requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                     uint8_t* codes_t, uint8_t* scales_t) {
+void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
+                uint8_t* codes_t, uint8_t* scales_t, void*) {
   absmax_columns(M, K, how, seed[0], codes_t, scales_t, [=](int64_t row, int64_t k, float* v) {
     const int64_t at = row * K + k;                           // 16 values never cross a block
     const float s = scale_of(scales[at / 32]);
@@ -151,7 +140,7 @@ void cpu::requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int
   });
 }
 
-void cpu::dequantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x) {
+void dequantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void*) {
   typed(x, [=](auto* x) {
     for_groups(M * K / 32, [=](int64_t first, int n) {
       for (int64_t b = first; b < first + n; b++) {
@@ -164,7 +153,7 @@ void cpu::dequantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int
   });
 }
 
-void cpu::unrotate(Values d, const int32_t* mask, int64_t M, int64_t K, Values x) {
+void unrotate(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void*) {
   typed(d, [=](auto* d) { typed(x, [=](auto* x) {
     for_groups(M * K / 32, [=](int64_t first, int n) {
       Block<W> v;
@@ -178,7 +167,11 @@ void cpu::unrotate(Values d, const int32_t* mask, int64_t M, int64_t K, Values x
   }); });
 }
 
-void cpu::scale(const float* c, int64_t n, float alpha, Values out) {
+}  // namespace
+
+const Ops cpu = {quantize_forward, quantize_backward, requantize, dequantize, unrotate};
+
+void scale(const float* c, int64_t n, float alpha, Values out) {
   typed(out, [=](auto* out) {
     torch::stable::parallel_for(0, n, 1 << 14, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) put(out[i], alpha * c[i]);

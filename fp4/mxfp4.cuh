@@ -21,9 +21,18 @@ once where the reference rounds twice. No CUDA calls, no torch.
 namespace mxfp4 {
 
 template <int W> using Block = float[32][W];
+struct bfloat16 { uint16_t bits; };
 
 FN uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 FN float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+FN float get(float x) { return x; }
+FN float get(bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+FN void put(float& to, float x) { to = x; }
+FN void put(bfloat16& to, float x) {                                       // to nearest, ties to even
+  const uint32_t u = bits_of(x);
+  to.bits = x != x ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+}
 
 // 2^e for e in [-127, 127]; -127 is subnormal
 FN float pow2(int e) { return float_of(e > -127 ? uint32_t(e + 127) << 23 : 0x400000u); }

@@ -7,6 +7,7 @@ HOW = fp4.build()
 ops = torch.ops.fp4
 pytestmark = pytest.mark.skipif(HOW.startswith("reference"), reason="no compiler on this machine")
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SHAPES = [(1, 32), (3, 96), (33, 160), (64, 32), (31, 1024), (100, 544)]
 VALUES = {
     "normal":       lambda x: x,
@@ -43,27 +44,45 @@ def x(request):
     return VALUES[value](torch.randn(M, K)).to(dtype)
 
 
-def test_each_op_gives_the_bytes_of_the_definition(x):
-    for scale in ("floor", "nearest"):
-        same(ops.quantize_forward(x, scale), reference.quantize_forward(x, scale))
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_op_gives_the_bytes_of_the_definition(x, device):
+    def check(name, *args):
+        got = getattr(ops, name)(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in args))
+        want = getattr(reference, name)(*args)
+        same([t.cpu() for t in got] if isinstance(got, tuple | list) else [got.cpu()], want if isinstance(want, tuple) else [want])
+    for scale in ("floor", "nearest"): check("quantize_forward", x, scale)
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
     for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
-        same(ops.quantize_backward(x, signs, seeds[:2], *how), reference.quantize_backward(x, signs, seeds[:2], *how))
-        same(ops.requantize(codes, scales, signs, seeds[2:], *how), reference.requantize(codes, scales, signs, seeds[2:], *how))
+        check("quantize_backward", x, signs, seeds[:2], *how)
+        check("requantize", codes, scales, signs, seeds[2:], *how)
     for dtype in (torch.float32, torch.bfloat16):
-        same([ops.dequantize(codes, scales, dtype)], [reference.dequantize(codes, scales, dtype)])
-        same([ops.unrotate(x, mask, dtype)], [reference.unrotate(x, mask, dtype)])
+        check("dequantize", codes, scales, dtype)
+        check("unrotate", x, mask, dtype)
 
 
-@pytest.mark.parametrize("M, N, K", [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (64, 3, 4096)])
+@pytest.mark.parametrize("M, N, K", [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096)])
 @pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
-def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, dtype, ulp):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, dtype, ulp, device):
     torch.manual_seed(K)
     a, b = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N))
-    got, exact = ops.gemm(*a, *b, 16 / 9, dtype).double(), reference.gemm(*a, *b, 16 / 9, torch.float32).double()
+    got = ops.gemm(*(t.to(device) for t in (*a, *b)), 16 / 9, dtype).cpu().double()
+    exact = reference.gemm(*a, *b, 16 / 9, torch.float32).double()
     size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
     assert (got - exact).abs().le(K * 2 ** -24 * size + ulp * exact.abs()).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_folding_into_fp8_changes_no_value_within_15_octaves():
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (50, 512), dtype=torch.uint8)
+    scales = torch.randint(0, 225, (50, 1)) + torch.randint(0, 15, (50, 32))
+    scales[:, 3], codes[:, 48:64] = 254, 0                      # a zero block's scale does not count
+    codes[:, 64], scales[:, 4] = 7, scales.amin(1)              # nor is it lost at the lower end
+    codes, scales = codes.cuda(), scales.to(torch.uint8).cuda()
+    fp8, rows = ops.fold(codes, scales, 1.0)
+    assert torch.equal(fp8.double() * rows.double(), ops.dequantize(codes, scales, torch.float32).double())
 
 
 def test_an_op_takes_no_matrix_it_would_misread():
