@@ -3,7 +3,7 @@ A few ops, each with several implementations and one schema; the device of the t
 
     CompositeExplicitAutograd   reference.py, the definition: runs on anything, slowly
     CPU                         cpu.cpp, once build() has compiled it (build.py)
-    CUDA                        quantize.cu and gemm.py, likewise
+    CUDA                        quantize.cu and product.py, likewise
 
 Shapes: M rows, K columns in blocks of 32; packed matrices are codes [M, K/2] and scales [M, K/32].
 """
@@ -28,7 +28,7 @@ for schema in (
 # differs from layer to layer, keeps the calls of two layers with one dy from being merged into one (both were seen)
 lib.define("draw(Tensor dy, Tensor x, int n) -> (Tensor signs, Tensor seeds)", tags=torch.Tag.nondeterministic_seeded)
 lib.impl("draw", reference.draw, "CompositeExplicitAutograd")
-# only on a GPU: packed [M, K] -> FP8 E4M3 [M, K] and a float32 scale a row [M, 1] that holds alpha, for gemm.py
+# only on a GPU: packed [M, K] -> FP8 E4M3 [M, K] and a float32 scale a row [M, 1] that holds alpha, for product.py
 lib.define("fold(Tensor codes, Tensor scales, float alpha) -> (Tensor fp8, Tensor row_scales)")
 
 

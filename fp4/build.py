@@ -3,7 +3,7 @@ Compile the kernels for the machine at hand, once, into fp4/build/. Without a co
 """
 import contextlib, fcntl, functools, os, sys
 import torch
-from . import gemm
+from . import product
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 lib = torch.library.Library("fp4", "IMPL")
@@ -14,9 +14,11 @@ def build():
     """load the kernels, compiled if they are not; returns, and prints once, which implementation runs"""
     try:
         if torch.cuda.is_available():
-            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu"], ["-DUSE_CUDA"])
-            product, what = gemm.choose(torch.cuda.get_device_capability())
-            lib.impl("gemm", product, "CUDA")
+            capability = torch.cuda.get_device_capability()
+            target = "{0}{1}".format(*capability)
+            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu"], ["-DUSE_CUDA"], target)
+            gemm, what = product.choose(capability)
+            lib.impl("gemm", gemm, "CUDA")
             how = f"quantize.cu and {what} on the GPU, cpu.cpp on the CPU"
         else:
             compile_and_load(["bind.cpp", "cpu.cpp"], [])
@@ -27,7 +29,7 @@ def build():
     return how
 
 
-def compile_and_load(sources, flags):
+def compile_and_load(sources, flags, target=""):
     from torch.utils import cpp_extension                      # here, because it looks for CUDA and warns
     folder = os.path.join(HERE, "build")
     os.makedirs(folder, exist_ok=True)
@@ -38,4 +40,4 @@ def compile_and_load(sources, flags):
         os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]                 # ninja
         cpp_extension.load("fp4_kernels", [os.path.join(HERE, f) for f in sources], build_directory=folder,
                            is_python_module=False, extra_cflags=["-O3", "-march=native", "-ffp-contract=off", *flags],
-                           extra_cuda_cflags=["-O3", "-fmad=false"])
+                           extra_cuda_cflags=["-O3", "-fmad=false", f"-gencode=arch=compute_{target},code=sm_{target}"])
