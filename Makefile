@@ -20,6 +20,13 @@ kernels: $(INSTALLED) ## compile the kernels for this machine
 pictures: $(INSTALLED)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
 
+bench: kernels  ## on a GPU: kernels against a copy, linears against compiled BF16
+	$(PYTHON) -m fp4.bench
+
+compile:        ## compile every .cu for every GPU it is meant for; needs nvcc, no GPU and no torch
+	for gpu in 80 89 90 100 120; do nvcc -O3 -std=c++17 -fmad=false -Werror all-warnings \
+	    -gencode=arch=compute_$$gpu,code=sm_$$gpu -c fp4/quantize.cu -o /dev/null && echo "quantize.cu for sm_$$gpu" || exit 1; done
+
 test: $(INSTALLED) ## all tests
 	$(PYTHON) -c "import pytest, matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q pytest matplotlib
 	$(PYTHON) -m pytest -q tests
@@ -37,4 +44,4 @@ clean:          ## remove what was built and prepared; keeps out/
 	touch $@
 
 
-.PHONY: help train ablation kernels pictures test lines clean
+.PHONY: help train ablation kernels pictures bench compile test lines clean

@@ -14,7 +14,7 @@ from fp4 import Linear                      # the quantised matmul; precision is
 
 #         layers width heads   lr       tiny is ours, the others are the paper's (Table 4 and main_setup.sh)
 SIZES = {
-    "tiny":  (4,   128,   2,   4e-3),
+    "tiny":  (4,   128,   2,   2e-3),
     "30M":   (6,   640,   5,   1.2e-3),
     "50M":   (7,   768,   6,   1.2e-3),
     "100M":  (8,   1024,  8,   6e-4),

@@ -87,39 +87,60 @@ FN int quest_exponent(float t, bool nearest) {
   return clamp_exponent(exponent(t) + (nearest && mantissa > 1.41421356f));
 }
 
-// the largest magnitude; as integers, because then NaN counts as larger than everything
+// the largest magnitude; NaN counts as larger than everything, which fmaxf would not do
 template <int W> FN void largest(const Block<W>& v, float (&m)[W]) {
-  uint32_t u[W] = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  for (int w = 0; w < W; w++) {
+    m[w] = 0;
+    UNROLL for (int i = 0; i < 32; i++) asm("max.NaN.f32 %0, %0, %1;" : "+f"(m[w]) : "f"(fabsf(v[i][w])));
+  }
+#else
+  uint32_t u[W] = {};                                                      // as integers
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < W; w++) {
       const uint32_t a = bits_of(v[i][w]) & 0x7FFFFFFFu;
       u[w] = a > u[w] ? a : u[w];
     }
   for (int w = 0; w < W; w++) m[w] = float_of(u[w]);
+#endif
 }
 
 FN int absmax_exponent(float m) { return m == 0 ? 0 : clamp_exponent(exponent(m) - 2); }
 
 // ---- an element: u = v / scale -> code, and back
 
-FN int sign_bit(float u) { return bits_of(u) >> 31 << 3; }
+FN int sign_bit(float u) { return bits_of(u) >> 28 & 8; }
 
-FN int round_nearest(float u) {                                            // ties to the even code
-  const float a = float_of(bits_of(u) & 0x7FFFFFFFu);
-  return (a > .25f) + (a >= .75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
+// With p the power of two below a, at least 1, the grid's neighbours of a are p/2 apart. Adding 1.5 * 2^22 * p leaves
+// a in units of p/2 in the sum's last bits, rounded to nearest with ties to even; the code is that plus 2 log2(p)
+struct Grid { float a; uint32_t p, magic; };
+
+FN Grid grid(float u) {
+  const float magnitude = float_of(bits_of(u) & 0x7FFFFFFFu), a = magnitude < 6 ? magnitude : 6;           // saturates
+  const uint32_t p = (bits_of(a) > 0x3F800000u ? bits_of(a) : 0x3F800000u) & 0x7F800000u;
+  return {a, p, p + 0x0B400000u};
+}
+
+FN int round_nearest(float u) {
+  const Grid g = grid(u);
+  return int(bits_of(g.a + float_of(g.magic)) - g.magic + (g.p >> 22)) - 254;
 }
 
 FN float value(int code) {                                                 // 0..15 -> -6..6
-  const int e = code >> 1 & 3, m = code & 1, normal = e > 0;
+#ifdef __CUDA_ARCH__
+  return float_of(uint32_t(code & 7) << 22 | uint32_t(code & 8) << 28) * 0x1p126f;      // E2M1 is a subnormal's shape
+#else
+  const int e = code >> 1 & 3, m = code & 1, normal = e > 0;               // where subnormals are slow
   const float a = .5f * ((2 * normal + m) << (e - normal));
   return float_of(bits_of(a) | uint32_t(code & 8) << 28);
+#endif
 }
 
-FN int round_stochastic(float u, int noise) {                              // noise in [0, 256)
-  const float a = float_of(bits_of(u) & 0x7FFFFFFFu);
-  const int lo = (a >= .5f) + (a >= 1.f) + (a >= 1.5f) + (a >= 2.f) + (a >= 3.f) + (a >= 4.f);
-  const float step = .5f * (1 << ((lo >= 4) + (lo >= 6)));
-  return lo + (a - value(lo) > step * ((noise + .5f) / 256));              // exact on both sides
+FN int round_stochastic(float u, int noise) {                              // noise in [0, 256); all is exact
+  const Grid g = grid(u);
+  const float sum = g.a + float_of(g.magic), rest = g.a - (sum - float_of(g.magic));                       // in +-p/4
+  const float step = .5f * float_of(g.p), threshold = step * ((noise + .5f) / 256);
+  return int(bits_of(sum) - g.magic + (g.p >> 22)) - 255 + (rest > threshold) + (rest > threshold - step);
 }
 
 FN float scale_of(uint8_t byte) { return byte == 255 ? float_of(0x7FC00000u) : pow2(byte - 127); }

@@ -11,7 +11,9 @@ the packed bytes: 16 of codes, one of scale, 4 of mask. All are bound by memory;
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
 */
+#include <cuda_bf16.h>
 #include <cuda_fp8.h>
+#include <type_traits>
 #include "mxfp4.cuh"
 #include "ops.h"
 
@@ -39,12 +41,19 @@ __device__ void load(const float* x, Block<1>& v) {
   }
 }
 
-template <class T> __device__ void store(T* x, const Block<1>& v) {
-  constexpr int n = 16 / sizeof(T);
-  UNROLL for (int i = 0; i < 32 / n; i++) {
-    alignas(16) T part[n];
-    UNROLL for (int j = 0; j < n; j++) put(part[j], v[n * i + j][0]);
-    reinterpret_cast<uint4*>(x)[i] = *reinterpret_cast<uint4*>(part);
+__device__ void store(float* x, const Block<1>& v) {
+  UNROLL for (int i = 0; i < 8; i++)
+    reinterpret_cast<float4*>(x)[i] = make_float4(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
+}
+
+__device__ void store(bfloat16* x, const Block<1>& v) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    uint32_t pair[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+      const __nv_bfloat162 two = __floats2bfloat162_rn(v[8 * i + 2 * j][0], v[8 * i + 2 * j + 1][0]);
+      memcpy(&pair[j], &two, 4);
+    }
+    reinterpret_cast<uint4*>(x)[i] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
 }
 
@@ -98,7 +107,10 @@ __global__ void forward_kernel(const T* x, int64_t blocks, bool nearest, uint8_t
   const int e = quest_exponent(t[0], nearest);
   const float inverse = pow2(-e);
   uint32_t inside = 0;
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] *= inverse, inside |= uint32_t(fabsf(v[i][0]) < 6) << i;
+  UNROLL for (int i = 0; i < 32; i++) {
+    v[i][0] *= inverse;
+    inside = inside >> 1 | (bits_of(fabsf(v[i][0]) - 6) & 0x80000000u);    // the sign of |u| - 6; bit i after 32 steps
+  }
   pack(v, ok, reinterpret_cast<uint4*>(codes) + block);
   scales[block] = ok ? e + 127 : 255;
   mask[block] = ok ? inside : 0;
@@ -170,7 +182,7 @@ __global__ void unrotate_kernel(const T* d, const int32_t* mask, int64_t blocks,
   Block<1> v;
   load(d + 32 * block, v);
   const uint32_t inside = mask[block];
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] *= float(inside >> i & 1);   // not a selection: NaN * 0 stays NaN
+  UNROLL for (int i = 0; i < 32; i++) v[i][0] *= inside >> i & 1 ? 1.f : 0.f;   // not a selection: NaN * 0 stays NaN
   hadamard(v);
   store(x + 32 * block, v);
 }
