@@ -33,7 +33,7 @@ class Config:
     micro: int = 0                  # sequences in a microbatch; default: by size
     steps: int = 0                  # length of the run, in steps ...
     tokens: int = 0                 # ... or in tokens ...
-    tokens_per_param: float = 0     # ... or in tokens per parameter; default: 25, tiny 400 steps
+    tokens_per_param: float = 0     # ... or in tokens per parameter; default: 25, tiny 350 steps
     lr: float = 0                   # peak learning rate; default: the paper's for the size
     weight_decay: float = 0.1       # on the linears of the blocks only
     clip: float = 1.0               # largest norm of the gradient
@@ -103,7 +103,7 @@ def complete(cfg):
     check(len(given) <= 1, f"give only one of {' and '.join(given)}")
     return dataclasses.replace(cfg, device=device, size=size, dtype=dtype, batch=batch, micro=micro,
         seq=cfg.seq or (256 if tiny else 512), lr=cfg.lr or SIZES[size][3],
-        steps=400 if tiny and not given else cfg.steps,
+        steps=350 if tiny and not given else cfg.steps,
         tokens_per_param=25 if not tiny and not given else cfg.tokens_per_param,
         name=cfg.name or "-".join([size, cfg.precision, *axes(cfg).values()]))
 
@@ -266,7 +266,7 @@ def train(cfg):
                 state = snapshot(cfg, vocab, data_folder, model, optimizer, history)
                 write(path, lambda file: torch.save(state, file))
 
-    print("\n" + sample(model, data_folder, "import ", cfg))
+    print("\n" + sample(model, data_folder, "class", cfg))
     picture = curves(os.path.join(folder, "curve.svg"), {cfg.name: history})
     print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}, {path}")
     memory = f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB" if gpu else "n/a"

@@ -1,7 +1,7 @@
 """
 Make a corpus: data/NAME/train.bin, val.bin, vocab.tiktoken. quartet.py --data NAME does it by itself.
 
-    python data/prepare.py stdlib              # the standard library's sources, 12 MB, offline: the default
+    python data/prepare.py stdlib              # the standard library's sources, 10 MB, offline: the default
     python data/prepare.py python              # and all of site-packages, hundreds of MB, offline
     python data/prepare.py notes.txt           # a text file of yours, or a folder of them
     python data/prepare.py shakespeare         # 1 MB, from the network

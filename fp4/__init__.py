@@ -34,34 +34,23 @@ lib.define("fold(Tensor codes, Tensor scales, float alpha) -> (Tensor fp8, Tenso
 
 # ---- shapes only, for torch.compile
 
-def fake(op): return torch.library.register_fake("fp4::" + op.__name__, op, lib=lib)
+def packed(like, M, K):
+    return like.new_empty(M, K // 2, dtype=torch.uint8), like.new_empty(M, K // 32, dtype=torch.uint8)
 
-def packed(like, M, K): return (like.new_empty(M, K // 2, dtype=torch.uint8), like.new_empty(M, K // 32, dtype=torch.uint8))
 def padded(M): return (M + 31) // 32 * 32
 
-@fake
-def quantize_forward(x, scale):
-    return *packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1] // 32, dtype=torch.int32)
-
-@fake
-def quantize_backward(x, signs, seeds, stochastic, signs_after):
-    return *packed(x, *x.shape), *packed(x, x.shape[1], padded(x.shape[0]))
-
-@fake
-def requantize(codes, scales, signs, seed, stochastic, signs_after):
-    return packed(codes, 2 * codes.shape[1], padded(codes.shape[0]))
-
-@fake
-def dequantize(codes, scales, dtype): return codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype)
-
-@fake
-def gemm(a, a_scales, b, b_scales, alpha, dtype): return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-@fake
-def unrotate(d, mask, dtype): return d.new_empty(d.shape, dtype=dtype)
-
-@fake
-def draw(dy, x, n): return dy.new_empty(1, dtype=torch.int64), dy.new_empty(n, dtype=torch.int64)
+for name, shapes in dict(
+    quantize_forward=lambda x, scale: (*packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1] // 32, dtype=torch.int32)),
+    quantize_backward=lambda x, signs, seeds, stochastic, signs_after:
+        (*packed(x, *x.shape), *packed(x, x.shape[1], padded(x.shape[0]))),
+    requantize=lambda codes, scales, signs, seed, stochastic, signs_after:
+        packed(codes, 2 * codes.shape[1], padded(codes.shape[0])),
+    dequantize=lambda codes, scales, dtype: codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype),
+    gemm=lambda a, a_scales, b, b_scales, alpha, dtype: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
+    unrotate=lambda d, mask, dtype: d.new_empty(d.shape, dtype=dtype),
+    draw=lambda dy, x, n: (dy.new_empty(1, dtype=torch.int64), dy.new_empty(n, dtype=torch.int64)),
+).items():
+    torch.library.register_fake("fp4::" + name, shapes, lib=lib)
 
 
 from .build import build

@@ -135,6 +135,7 @@ Tensor gemm(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs
   CHECK(a.size(1) == b.size(1), "the products' inner dimensions differ: ", 2 * a.size(1), " and ", 2 * b.size(1));
   Tensor x = dequantize(a, as, ScalarType::Float), y = dequantize(b, bs, ScalarType::Float);
   Tensor c = torch::stable::matmul(x, torch::stable::transpose(y, 0, 1));
+  if (alpha == 1 && dtype == ScalarType::Float) return c;
   Tensor out = empty(c, c.size(0), c.size(1), dtype);
   scale((float*)c.data_ptr(), c.numel(), float(alpha), values(out));
   return out;

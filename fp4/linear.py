@@ -67,7 +67,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if not self.recipe.forward:
             return F.linear(x, self.weight.to(x.dtype))
-        y = QuartetMatmul.apply(x.reshape(-1, x.shape[-1]), self.weight, self.packed_weight(), self.recipe)
+        y = QuartetMatmul.apply(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.packed_weight(), self.recipe)
         return y.view(*x.shape[:-1], -1)
 
     def packed_weight(self):
