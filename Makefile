@@ -1,4 +1,4 @@
-# make train and make test need Python 3.10+, a C++ compiler and, once, the network: they make .venv and install into it.
+# make train and make test need Python 3.11+, a C++ compiler and, once, the network: they make .venv and install into it.
 # PYTHON=python3 make ... uses what is installed already.
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
@@ -8,11 +8,11 @@ endif
 help:           ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-train: kernels pictures ## train the default model in FP4 on the default corpus, then let it write: 3 minutes on two cores
-	$(PYTHON) quartet.py --precision fp4
+train: kernels pictures ## train the tiny model in FP4 on the default corpus, then let it write: 3 minutes on two cores
+	$(PYTHON) quartet.py --precision fp4 --size tiny
 
 ablation: kernels pictures ## the same model in BF16 (float32 on a CPU) and in FP4: one table, one picture
-	$(PYTHON) quartet.py --precision bf16,fp4
+	$(PYTHON) quartet.py --precision bf16,fp4 --size tiny
 
 kernels: $(INSTALLED) ## compile the kernels for this machine
 	$(PYTHON) -c "import fp4; fp4.build()"

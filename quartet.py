@@ -27,7 +27,7 @@ class Config:
     rounding: str = ""              # changes the row: backward rounding nearest | stochastic
     signs: str = ""                 # changes the row: random signs before | after the Hadamard
     size: str = ""                  # a row of SIZES in model.py; default: tiny on a CPU, 30M on a GPU
-    data: str = "stdlib"            # stdlib | python | shakespeare | fineweb | c4 | text file | folder
+    data: str = ""                  # stdlib | python | shakespeare | fineweb | c4 | text file | folder; default: stdlib, above tiny python
     seq: int = 0                    # tokens in a sequence; default: 512, tiny 256
     batch: int = 0                  # sequences in a step; default: 512 (262,144 tokens), tiny 8
     micro: int = 0                  # sequences in a microbatch; default: by size
@@ -102,7 +102,7 @@ def complete(cfg):
     given = [n for n in ("steps", "tokens", "tokens_per_param") if getattr(cfg, n)]
     check(len(given) <= 1, f"give only one of {' and '.join(given)}")
     return dataclasses.replace(cfg, device=device, size=size, dtype=dtype, batch=batch, micro=micro,
-        seq=cfg.seq or (256 if tiny else 512), lr=cfg.lr or SIZES[size][3],
+        seq=cfg.seq or (256 if tiny else 512), lr=cfg.lr or SIZES[size][3], data=cfg.data or ("stdlib" if tiny else "python"),
         steps=350 if tiny and not given else cfg.steps,
         tokens_per_param=25 if not tiny and not given else cfg.tokens_per_param,
         name=cfg.name or "-".join([size, cfg.precision, *axes(cfg).values()]))
@@ -266,7 +266,7 @@ def train(cfg):
                 state = snapshot(cfg, vocab, data_folder, model, optimizer, history)
                 write(path, lambda file: torch.save(state, file))
 
-    print("\n" + sample(model, data_folder, "class", cfg))
+    print("\n" + sample(model, data_folder, "def", cfg))
     picture = curves(os.path.join(folder, "curve.svg"), {cfg.name: history})
     print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}, {path}")
     memory = f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB" if gpu else "n/a"
