@@ -24,7 +24,7 @@ def build():
             compile_and_load(["bind.cpp", "cpu.cpp"], [])
             how = "cpu.cpp (compiled, byte-equal to reference.py)"
     except (OSError, RuntimeError, ImportError) as error:      # no compiler, no ninja, nowhere to write, ...
-        how = f"reference.py, 10 times slower, because the kernels did not build: {str(error).splitlines()[0]}"
+        how = f"reference.py, which is slow, because the kernels did not build: {str(error).splitlines()[0]}"
     print("fp4 runs", how, file=sys.stderr)
     return how
 
