@@ -43,5 +43,4 @@ clean:          ## remove what was built and prepared; keeps out/
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-
 .PHONY: help train ablation kernels pictures bench compile test lines clean

@@ -106,7 +106,7 @@ tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const T
   Tensor c = codes(x, M, K), s = scales(x, M, K), ct = codes(x, K, Mp), st = scales(x, K, Mp);
   const Device on(x);
   on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic}, longs(seeds),
-                          bytes(c), bytes(s), bytes(ct), bytes(st), on.stream);
+                        bytes(c), bytes(s), bytes(ct), bytes(st), on.stream);
   return {c, s, ct, st};
 }
 
@@ -178,6 +178,6 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
   same_on_both(m);
-  m.impl("fold", TORCH_BOX(&fold_packed));                           // gemm itself is in build.py: a library multiplies
+  m.impl("fold", TORCH_BOX(&fold_packed));                     // gemm is in product.py: a library multiplies
 }
 #endif

@@ -19,6 +19,7 @@ E2M1 = (0., .5, 1., 1.5, 2., 3., 4., 6.)      # the magnitudes of codes 0..7
 H = 32 ** -.5                                 # the entries of the normalised Hadamard matrix are +-H
 SPREAD = 2.92247856 / 6                       # QuEST: scale / std with the least squared error on a Gaussian
 U32 = 0xFFFFFFFF
+
 # ---- blocks of 32: [..., K] -> [..., K/32, 32]
 def butterfly(v, op):
     """five stages, stride 1, 2, 4, 8, 16: (a, b) -> op(a, b)"""
@@ -116,8 +117,7 @@ def absmax(x, signs, seed, stochastic, signs_after):
     xi = 1 - 2 * (signs >> torch.arange(32, device=x.device) & 1)          # bit i set: negate element i
     v = hadamard(blocks(x)) * xi if signs_after else hadamard(blocks(x) * xi)
     largest = v.abs().amax(-1, True)
-    e = (floor_log2(largest) - 2).clamp(-127, 127)
-    e = torch.where(largest == 0, 0, e)
+    e = torch.where(largest == 0, 0, (floor_log2(largest) - 2).clamp(-127, 127))
     u = v * (.75 * pow2(-e))
     code = round_stochastic(u, noise(seed, u.numel()).view_as(u)) if stochastic else round_nearest(u)
     return pack(torch.where(largest == 0, 0, code), e, largest.isfinite())

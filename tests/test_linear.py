@@ -79,11 +79,11 @@ def bits_gained(rounding, signs="before"):
     X, W = (ops.dequantize(*ops.quantize_forward(t.detach(), "floor")[:2], torch.float32) for t in (x, layer.weight))
     exact = (dy @ W).double()
     total, bits = 0, []
-    packed, dyq = ops.quantize_forward(layer.weight.detach(), "floor"), dy
+    packed = ops.quantize_forward(layer.weight.detach(), "floor")
     for n in range(1, 1025):
         s, seeds = ops.draw(dy, dy, 4)
         how = rounding == "stochastic", signs == "after"
-        g, w = ops.quantize_backward(dyq, s, seeds[:2], *how)[:2], ops.requantize(*packed[:2], s, seeds[2:3], *how)
+        g, w = ops.quantize_backward(dy, s, seeds[:2], *how)[:2], ops.requantize(*packed[:2], s, seeds[2:3], *how)
         total = total + ops.gemm(*g, *w, 16 / 9, torch.float32).double()
         if n in (1, 4, 16, 64, 256, 1024):
             bits.append(-torch.log2((total / n - exact).norm() / exact.norm()).item())
