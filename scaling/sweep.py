@@ -1,0 +1,83 @@
+"""
+A sweep of one's own. `sweep` trains sizes x tokens x (bf16, fp4) with quartet.py; interrupted, it continues with the
+first run that is not finished. On a GPU it is a small real one; on a CPU a toy, too short for the size of a model to
+matter, and its fit says so. `collect` turns the logs of finished runs into the fit's input.
+"""
+import csv, glob, json, math, os
+import torch
+import quartet
+from fp4 import AXES
+from model import SIZES
+from scaling.runs import COLUMNS, check
+from scaling.speeds import params
+
+TOY = {"toy64": (2, 64, 1, 4e-3), "toy96": (3, 96, 1, 3e-3)}                # below tiny, so that a CPU has three sizes
+SWEEPS = {          # sizes, tokens, corpus, flags
+    "cpu":  (("toy64", "toy96", "tiny"), (2**15, 2**16, 2**17, 2**18), "stdlib", ("--seq", "128", "--batch", "8")),
+    "cuda": (("30M", "50M", "100M"), (25e6, 50e6, 100e6, 200e6), "python", ("--batch", "256", "--compile"))}
+
+# a row of fp4/recipes.py in the words of the authors' runs; any other row is a method of its own, forward and backward
+METHODS = {"bf16": ("BF16", "BF16"), "fp4": ("QuEST", "RTN-absmax"), "fp4-sr": ("QuEST", "SR-absmax"),
+           "fp4-fwd": ("QuEST", "BF16"), "fp4-bwd": ("BF16", "RTN-absmax")}
+
+
+def sweep(out, data=""):
+    sizes, budgets, corpus, flags = SWEEPS["cuda" if torch.cuda.is_available() else "cpu"]
+    SIZES.update(TOY)                                           # here only: they serve nothing else
+    for tokens in budgets:
+        for size in sizes:
+            for precision in ("bf16", "fp4"):
+                name = f"{size}-{precision}-{tokens / 1e6:.3g}M"
+                log = os.path.join(out, name, "log.csv")
+                if os.path.exists(log) and isinstance(finished(log), dict): continue
+                code = quartet.cli(["--size", size, "--precision", precision, "--tokens", f"{tokens:.0f}", "--out", out,
+                                    "--name", name, "--data", data or corpus, "--eval_every", "1000000", *flags])
+                check(code != 130 and os.path.exists(log), f"stopped at {name}; the same command continues there")
+
+
+def method(config):
+    """(forward, backward) of a run; an axis that was changed is part of the names"""
+    forward, backward = METHODS.get(config["precision"], (config["precision"],) * 2)
+    changed = "".join(f" {axis}={config[axis]}" for axis in AXES if config.get(axis))
+    return tuple(name if name == "BF16" else name + changed for name in (forward, backward))
+
+
+def finished(path):
+    """the run of one log.csv as a line of the fit's input, or a sentence on why it is none"""
+    try:
+        lines = open(path).read().splitlines()
+        config = next(json.loads(line[len("# config "):]) for line in lines if line.startswith("# config "))
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+        layers, C, _, _ = (SIZES | TOY)[config["size"]]
+        N, a_step = params(layers, C), config["batch"] * config["seq"]
+        steps = config["steps"] or int((config["tokens"] or config["tokens_per_param"] * N) // a_step)
+        done, vals = int(rows[-1]["step"]) if rows else 0, [float(row["val"]) for row in rows if row["val"]]
+        forward, backward = method(config)
+        run = dict(params=N, tokens=steps * a_step, forward=forward, backward=backward, loss=vals and vals[-1],
+                   run=os.path.dirname(path), data=config["data"], seq=config["seq"])
+    except (OSError, StopIteration, KeyError, TypeError, ValueError) as error:
+        return f"not a log of quartet.py ({type(error).__name__}: {error})"
+    if done < steps: return f"ended at step {done} of {steps}: interrupted or diverged"
+    if not (vals and math.isfinite(vals[-1])): return "diverged: no finite validation loss at the end"
+    if vals[-1] > vals[0]: return f"diverged: validation loss {vals[0]} at first, {vals[-1]} at the end"
+    return run
+
+
+def collect(patterns):
+    """-> (rows, sentences on what was left out); refuses to mix corpora: their losses do not compare"""
+    rows, left_out, seen = [], [], {}
+    paths = [path for pattern in patterns for path in glob.glob(pattern) or [pattern]]
+    for path in sorted(paths, key=os.path.dirname):             # NAME before NAME.1, an earlier run that was set aside
+        run = finished(path)
+        key = isinstance(run, dict) and tuple(run[column] for column in COLUMNS[:4])
+        if not key: left_out.append(f"{path}: {run}")
+        elif key in seen: left_out.append(f"{path}: the same run as {seen[key]}")
+        else:
+            seen[key] = run["run"]
+            rows.append(run)
+    check(rows, f"there is no finished run: {'; '.join(left_out)}")
+    for what in "data", "seq":
+        values = {run[what]: run["run"] for run in rows}
+        check(len(values) == 1, f"these runs differ in --{what} and cannot obey one law: "
+                                + ", ".join(f"{value} in {run}" for value, run in values.items()))
+    return rows, left_out
