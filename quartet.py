@@ -21,11 +21,8 @@ from model import SIZES, Llama                                  # the model; kno
 # ---- settings: parser, help text and default in one. A comma list of precisions (or axes) is an ablation
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     precision: str = "fp4"          # a row of fp4/recipes.py; a comma list trains one after the other
-    scale: str = ""                 # changes the row: forward scale floor | nearest
-    rounding: str = ""              # changes the row: backward rounding nearest | stochastic
-    signs: str = ""                 # changes the row: random signs before | after the Hadamard
     size: str = ""                  # a row of SIZES in model.py; default: tiny on a CPU, 30M on a GPU
     data: str = ""                  # stdlib | python | shakespeare | fineweb | c4 | text file | folder; default: stdlib, above tiny python
     seq: int = 0                    # tokens in a sequence; default: 512, tiny 256
@@ -48,6 +45,7 @@ class Config:
     device: str = ""                # cpu | cuda; default: a GPU if there is one
     dtype: str = ""                 # of activations: bfloat16 | float32; default: float32 on a CPU
 
+Config = dataclasses.make_dataclass("Config", [(axis, str, "") for axis in fp4.AXES], bases=(Settings,), frozen=True)
 AXES = "precision", *fp4.AXES                                   # what a comma list can be given for
 # dense BF16 TFLOP/s by the vendors' datasheets; the first name that the device's contains
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362, "L4": 121,
@@ -66,7 +64,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields:
-        help = source.split(f"    {f.name}: ")[1].split("\n")[0].split("# ")[1]
+        help = "changes the row: " + " | ".join(fp4.AXES[f.name]) if f.name in fp4.AXES else \
+               source.split(f"    {f.name}: ")[1].split("\n")[0].split("# ")[1]
         kind = dict(action="store_true") if f.type is bool else dict(metavar="X", type={int: number}.get(f.type, f.type))
         parser.add_argument("--" + f.name, default=f.default, help=help, **kind)
     def error(message):
@@ -80,6 +79,9 @@ def parse(argv):
 def number(text): return int(float(text)) if float(text).is_integer() else int(text)         # 3e9 is a whole number too
 
 def axes(cfg): return {axis: getattr(cfg, axis) for axis in fp4.AXES if getattr(cfg, axis)}
+def label(cfg):                                                 # fp4-nearest, fp4-signs-none
+    alone = lambda axis, v: axis == "scale" or sum(v in choices for choices in fp4.AXES.values()) == 1
+    return "-".join([cfg.precision, *(v if alone(axis, v) else f"{axis}-{v}" for axis, v in axes(cfg).items())])
 
 
 def complete(cfg):
@@ -105,7 +107,7 @@ def complete(cfg):
         seq=cfg.seq or (256 if tiny else 512), lr=cfg.lr or SIZES[size][3], data=cfg.data or ("stdlib" if tiny else "python"),
         steps=350 if tiny and not given else cfg.steps,
         tokens_per_param=25 if not tiny and not given else cfg.tokens_per_param,
-        name=cfg.name or "-".join([size, cfg.precision, *axes(cfg).values()]))
+        name=cfg.name or f"{size}-{label(cfg)}")
 
 
 # ---- schedule, evaluation, files
@@ -200,7 +202,7 @@ def corpus(cfg):
 
 
 def build_model(cfg, vocab):
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed), cfg.compile and torch.compiler.reset()         # torch keeps 8 compiled versions of a model
     layers, C, H, _ = SIZES[cfg.size]
     V = -(-vocab // 64) * 64                                    # matrix units like round numbers
     return Llama(layers, C, H, V, cfg.seq, cfg.precision, getattr(torch, cfg.dtype), **axes(cfg)).to(cfg.device)
@@ -227,7 +229,7 @@ def train(cfg):
         os.rename(folder, aside)
         print(f"{folder} existed and is now {aside}")
     fp4.quantize_weights_after(optimizer, model)
-    how = fp4.build() if fp4.recipe(cfg.precision, **axes(cfg)).forward else "not used"
+    how = fp4.build() if fp4.recipe(cfg.precision, **axes(cfg)).kernels else "not used"
     forward = torch.compile(model, fullgraph=True) if cfg.compile else model
     peak = next((tera for name, tera in PEAK.items() if name in device_name(cfg)), None)
     write(log_path, lambda file: file.write(log_text(cfg, how, history).encode()))
@@ -320,16 +322,14 @@ def main(argv):
     choices = [[v.strip() for v in getattr(asked, axis).split(",")] for axis in AXES]
     combinations = [dict(zip(AXES, values)) for values in itertools.product(*choices)]
     configs = [complete(dataclasses.replace(asked, **values)) for values in combinations]
-    if asked.sample:
-        return print(sample_from_checkpoint(configs[0]))
+    if asked.sample: return print(sample_from_checkpoint(configs[0]))
     if asked.name and len(configs) > 1:
-        configs = [dataclasses.replace(c, name="-".join([c.name, c.precision, *axes(c).values()])) for c in configs]
+        configs = [dataclasses.replace(c, name=f"{c.name}-{label(c)}") for c in configs]
     runs = [train(cfg) for cfg in configs]
     if len(runs) > 1:
         print(f"\n{'run':28s} {'val loss':>9s} {'gap':>8s} {'tokens/s':>11s} {'peak memory':>12s}")
         for r in runs:
-            gap = r["val"] - runs[0]["val"]
-            print(f"{r['name']:28s} {r['val']:9.4f} {gap:+8.4f} {r['speed']:11,.0f} {r['memory']:>12s}")
+            print(f"{r['name']:28s} {r['val']:9.4f} {r['val'] - runs[0]['val']:+8.4f} {r['speed']:11,.0f} {r['memory']:>12s}")
         picture = os.path.join(asked.out, "-".join([runs[0]["name"], *(c.precision for c in configs[1:])]) + ".svg")
         print("curves:", curves(picture, {r["name"]: r["history"] for r in runs}))
 
