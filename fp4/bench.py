@@ -1,18 +1,35 @@
 """
-How fast the kernels and whole linear layers are on the GPU at hand: kernels against a copy of the same bytes, linears
-(forward + backward, quantisation included) against compiled BF16 in the same run.
+How fast kernels, linear layers and whole training steps are on this GPU, against compiled BF16 in the same run.
 
-    make bench          # or python -m fp4.bench
+    make bench                              # or python -m fp4.bench: everything; rewrites the README's tables
+    python -m fp4.bench --only linears      # kernels | linears | steps; prints only
+    python -m fp4.bench --quick             # fewer shapes; prints only
 
-Times are medians; inputs rotate, so that they come from memory and not from the cache.
+Every time is a median, and inputs rotate, so that they come from memory and not from the cache. Activations and
+gradients are quantised inside what is timed. The weight of a linear in fp4 is not: that happens once an optimizer step,
+and the steps below count it.
+
+A narrow layer called from Python waits for the host, in BF16 as in FP4; in a compiled model the host is ahead, and one
+waits for the GPU. So a linear is timed in both ways: "GPU" replays it from a CUDA graph, "called" calls the compiled layer.
 """
-import datetime, itertools, statistics, sys
+import argparse, concurrent.futures, contextlib, datetime, gc, io, itertools, json, multiprocessing, os, statistics
+import sys, time
 import torch
 import fp4
 
 ops = torch.ops.fp4
+HERE = os.path.dirname(os.path.abspath(__file__))
+README, RESULTS = os.path.join(HERE, "..", "README.md"), os.path.join(HERE, "build", "bench.json")
+MARKERS = "<!-- bench -->", "<!-- /bench -->"
+ROWS = [row for row in ("bf16", "fp8", "fp4", "fp4-sr") if row in fp4.RECIPES]
+# tokens, out, in
 SHAPES = [(16384, 4096, 4096), (16384, 11008, 4096), (16384, 4096, 11008), (32768, 2048, 2048), (32768, 640, 640)]
+WIDTHS = [(16384, width, width) for width in (512, 1024, 2048, 4096, 8192)]
+STEPS = {"tiny": (8, 256), "30M": (64, 512), "100M": (32, 512), "800M": (16, 512)}      # sequences, tokens
+VOCABULARY = 32000
 
+
+# ---- time
 
 def milliseconds(f, n=30):
     """median time of f on the GPU"""
@@ -24,54 +41,331 @@ def milliseconds(f, n=30):
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
 
+def captured(f):
+    """f as one launch: what is left is the GPU's time"""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3): f()                                  # whatever is lazy happens before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): f()
+    return graph.replay
+
+
+def seconds(f, n=10):
+    """median time of f by the clock on the wall, host included"""
+    times = []
+    for _ in range(n):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def fits(measure, *args):
+    """what measure(*args) returns, or {} when the GPU's memory does not suffice"""
+    try: return measure(*args)
+    except torch.OutOfMemoryError: return {}
+    finally:
+        torch._dynamo.reset()                                   # each layer is compiled for its own shape
+        gc.collect(), torch.cuda.empty_cache()
+
+
+def say(*words): print(*words, file=sys.stderr, flush=True)
+
+
+# ---- kernels and products
+
 def kernels(M=16384, K=4096):
     """each kernel's bytes a second, read and written, as a share of a copy's"""
     inputs = [torch.randn(M, K, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-    packed = [ops.quantize_forward(x, "floor") for x in inputs]
-    weight = ops.quantize_forward(torch.randn(K, K, device="cuda"), "floor")
+    weight, to = torch.randn(M, K, device="cuda"), torch.empty_like(inputs[0])
+    mask = ops.quantize_forward(inputs[0], "floor")[2]
+    packed = [ops.quantize_forward(x, "floor")[:2] for x in inputs]
     x, p = (lambda it=itertools.cycle(inputs): next(it)), (lambda it=itertools.cycle(packed): next(it))
     signs, seeds = ops.draw(inputs[0], inputs[0], 2)
-    four, mask = .5 + 1 / 32, 1 / 8                             # bytes a value
-    to = torch.empty_like(inputs[0])
-    copy = 4 * M * K / milliseconds(lambda: to.copy_(x()))
-    print(f"\nkernels at {M} x {K}; a copy moves {copy / 1e9:.2f} TB/s\n{'':34s}      ms   of a copy")
-    for name, count, f in (
-        ("quantise forward",                   2 + four + mask, lambda: ops.quantize_forward(x(), "floor")),
-        ("quantise backward, dy and dy.T",     2 + 2 * four,    lambda: ops.quantize_backward(x(), signs, seeds, False, False)),
-        ("the same, stochastic rounding",      2 + 2 * four,    lambda: ops.quantize_backward(x(), signs, seeds, True, False)),
-        ("quantise backward, packed x.T",      2 * four,        lambda: ops.requantize(*p()[:2], signs, seeds[:1], False, False)),
-        ("the same, stochastic rounding",      2 * four,        lambda: ops.requantize(*p()[:2], signs, seeds[:1], True, False)),
-        ("mask and un-rotate",                 4 + mask,        lambda: ops.unrotate(x(), packed[0][2], torch.bfloat16)),
-        ("fold into FP8",                      1 + four,        lambda: ops.fold(*p()[:2], 1.0))):
+    tiles = fp4.product.TILES                                   # on Hopper a gradient's operands are FP8 tiles
+    four, eight, bit = .5 + 1 / 32, 1 + 1 / 32, 1 / 8           # bytes a value
+    out, nearest, stochastic = eight if tiles else four, (False, False, tiles), (True, False, tiles)
+    calls = [
+        ("copy",                             4,              lambda: to.copy_(x())),
+        ("quantise forward",                 2 + four + bit, lambda: ops.quantize_forward(x(), "floor")),
+        ("quantise forward, float32 weight", 4 + four + bit, lambda: ops.quantize_forward(weight, "floor")),
+        ("quantise backward, dy and dy.T",   2 + 2 * out,    lambda: ops.quantize_backward(x(), signs, seeds, *nearest)),
+        ("the same, stochastic rounding",    2 + 2 * out,    lambda: ops.quantize_backward(x(), signs, seeds, *stochastic)),
+        ("quantise backward, packed x.T",    four + out,     lambda: ops.requantize(*p(), signs, seeds[:1], *nearest)),
+        ("the same, stochastic rounding",    four + out,     lambda: ops.requantize(*p(), signs, seeds[:1], *stochastic)),
+        ("mask and un-rotate",               4 + bit,        lambda: ops.unrotate(x(), mask, torch.bfloat16)),
+        ("fold into FP8",                    four + 1,       lambda: ops.fold(*p(), 1.0)),
+    ]
+    found = []
+    for name, count, f in calls:
         ms = milliseconds(f)
-        print(f"{name:34s} {ms:7.3f}   {count * M * K / ms / copy:8.0%}")
-    ms = milliseconds(lambda: ops.gemm(*p()[:2], *weight[:2], 1.0, torch.bfloat16))
-    print(f"{'product with [K, K], folds included':35s}{ms:7.3f}   {2 * M * K * K / ms / 1e9:8.0f} TFLOP/s")
+        found.append(dict(name=name, ms=ms, terabytes_per_s=count * M * K / ms / 1e9))
+        found[-1]["of_copy"] = found[-1]["terabytes_per_s"] / found[0]["terabytes_per_s"]
+        say(f"{name}: {ms:.3f} ms")
+    return found
 
 
-def linears(rows=("bf16", "fp4", "fp4-sr")):
-    print(f"\nlinear, forward + backward, ms\n{'tokens, out, in':22s}" + "".join(f"{row:>9s}" for row in rows) + "".join(f"{row:>14s}" for row in rows[1:]))
-    for M, N, K in SHAPES:
-        times = []
-        for row in rows:
-            layer = fp4.Linear(K, N, row).cuda()
-            if layer.recipe.forward: layer.quantize_weight()    # as in training: once a step, not counted in a microbatch
-            run = torch.compile(layer)
-            inputs = itertools.cycle([torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)])
-            dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
-            def step():
-                x = next(inputs)
-                x.grad = layer.weight.grad = None
-                run(x).backward(dy)
-            times.append(milliseconds(step))
-        print(f"{f'{M}, {N}, {K}':22s}" + "".join(f"{t:9.3f}" for t in times) + "".join(f"{t / times[0]:9.2f} x" + " " * 3 for t in times[1:]))
+def rotation(count):
+    """how many inputs of so many bytes it takes to leave the cache"""
+    return max(2, -(-3 * torch.cuda.get_device_properties().L2_cache_size // count))
+
+
+def product(M, N, K, row):
+    """y = x w.T alone, of operands that are quantised already; fp4's are packed and are folded into FP8 here"""
+    normal = lambda n: torch.randn(n, K, device="cuda", dtype=torch.bfloat16)
+    scaled = lambda x, w: torch._scaled_mm(x, w.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    w, one = normal(N), torch.ones((), device="cuda")
+    pack, f = {
+        "bf16": (lambda x: x,                                      lambda x, w: x @ w.T),
+        "fp8":  (lambda x: x.to(torch.float8_e4m3fn),              scaled),
+        "fp4":  (lambda x: ops.quantize_forward(x, "floor")[:2],   lambda x, w: ops.gemm(*x, *w, 1.0, torch.bfloat16)),
+    }[row]
+    w, xs = pack(w), itertools.cycle([pack(normal(M)) for _ in range(rotation(2 * M * K))])
+    return dict(ms=milliseconds(lambda: f(next(xs), w)))
+
+
+# ---- linears
+
+def linear(M, N, K, row):
+    layer = fp4.Linear(K, N, row).cuda()
+    fp4.quantize_weights_after(torch.optim.SGD(layer.parameters()), layer)      # as in training, before a microbatch
+    run = torch.compile(layer, fullgraph=True, dynamic=False)
+    normal = lambda n: torch.randn(M, n, device="cuda", dtype=torch.bfloat16)
+    pairs = [(normal(K).requires_grad_(), normal(N)) for _ in range(rotation(2 * M * (K + N)))]
+    def both(x, dy):
+        x.grad = layer.weight.grad = None
+        run(x).backward(dy)
+    def forward_of_all():
+        for x, _ in pairs: run(x)
+    def both_of_all():
+        for pair in pairs: both(*pair)
+    it = itertools.cycle(pairs)
+    called = milliseconds(lambda: both(*next(it)))
+    forward, ms = (milliseconds(captured(f)) / len(pairs) for f in (forward_of_all, both_of_all))
+    return dict(forward_ms=forward, backward_ms=ms - forward, ms=ms, called_ms=called)
+
+
+def each(measure, shapes, rows):
+    """measure for every shape and row; one that does not fit into memory has no times"""
+    found = []
+    for (M, N, K), row in itertools.product(shapes, rows):
+        found.append({"tokens": M, "out": N, "in": K, "row": row, **fits(measure, M, N, K, row)})
+        say(f"{measure.__name__} {M}, {N}, {K} {row}, ms: {show(found[-1].get('ms'), '.3f')}")
+    return found
+
+
+# ---- training steps: one process a row. All compile side by side, then each is timed while the others wait
+
+def share(barrier, lock, cores):
+    global compiled, turn
+    compiled, turn = barrier, lock
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(cores)
+    with contextlib.redirect_stderr(io.StringIO()): fp4.build()                 # has said once what it runs
+
+
+def training_step(size, row, B, T):
+    """forward, backward, clip, AdamW and quantisation of the weights as one function, as in quartet.py"""
+    from model import SIZES, Llama                              # here, because fp4 knows no model
+    layers, C, H, lr = SIZES[size]
+    with torch.device("cuda"):
+        model = Llama(layers, C, H, VOCABULARY, T, row, torch.bfloat16)
+        batches = itertools.cycle(torch.randint(VOCABULARY, (4, 2, B, T)).unbind())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    fp4.quantize_weights_after(optimizer, model)
+    forward = torch.compile(model, fullgraph=True)
+    def step():
+        forward(*next(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def timed_step(size, row):
+    B, T = STEPS[size]
+    try:
+        step = training_step(size, row, B, T)
+        for _ in range(3): step()
+        torch.cuda.synchronize()
+    finally: compiled.wait()
+    with turn:
+        torch.cuda.reset_peak_memory_stats()
+        s = seconds(step)
+        return dict(ms=1000 * s, tokens_per_s=B * T / s, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+
+
+def side_by_side(size, rows):
+    context, n = multiprocessing.get_context("spawn"), len(rows)
+    shared = context.Barrier(n), context.Lock(), max(1, os.cpu_count() // n)
+    with concurrent.futures.ProcessPoolExecutor(n, context, share, shared) as pool:
+        return [future.result() for future in [pool.submit(fits, timed_step, size, row) for row in rows]]
+
+
+def steps(sizes):
+    found = []
+    for size in sizes:
+        for row, times in zip(ROWS, side_by_side(size, ROWS)):
+            if not times: [times] = side_by_side(size, [row])   # it did not fit beside the others; does it alone?
+            found.append(dict(size=size, row=row, **times))
+            say(f"step {size} {row}, ms: {show(times.get('ms'), '.1f')}")
+    return found
+
+
+# ---- tables: Markdown, for the screen and the README
+
+def show(value, form): return "out of memory" if value is None else format(value, form)
+
+def ratio(value, base): return "" if value is None or base is None else f"{value / base:.2f}"
+
+def table(head, lines):
+    """the first column to the left, the others to the right"""
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    align = lambda line: [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]
+    return "\n".join("| " + " | ".join(align(line)) + " |" for line in [head, rule, *lines])
+
+
+def shape(entry): return entry["size"] if "size" in entry else (entry["tokens"], entry["out"], entry["in"])
+
+def by_row(entries):
+    """{shape: {row: entry}}, in order"""
+    found = {}
+    for entry in entries: found.setdefault(shape(entry), {})[entry["row"]] = entry
+    return found
+
+
+def table_by_row(head, entries, name, cells):
+    """a line an entry: name(shape) in the first row's, then row and cells(entry, bf16's entry)"""
+    return table(head, [[name(s) if row == "bf16" else "", row, *cells(entry, rows["bf16"])]
+                        for s, rows in by_row(entries).items() for row, entry in rows.items()])
+
+
+def numbers(s): return ", ".join(map(str, s))
+
+def kernel_table(found):
+    return table(["kernel", "ms", "TB/s", "of a copy"],
+                 [[k["name"], f"{k['ms']:.3f}", f"{k['terabytes_per_s']:.2f}", f"{k['of_copy']:.0%}"] for k in found])
+
+
+def product_table(found):
+    flop = lambda e: 2 * e["tokens"] * e["out"] * e["in"]
+    return table_by_row(["tokens, out, in", "row", "ms", "TFLOP/s", "/ bf16"], found, numbers, lambda e, base: [
+        show(e.get("ms"), ".3f"), f"{flop(e) / e['ms'] / 1e9:.0f}" if "ms" in e else "",
+        ratio(e.get("ms"), base.get("ms"))])
+
+
+def linear_table(found):
+    head = ["tokens, out, in", "row", "forward", "backward", "sum, GPU", "/ bf16", "called", "/ bf16"]
+    return table_by_row(head, found, numbers, lambda e, base: [
+        *(show(e.get(time), ".3f") for time in ("forward_ms", "backward_ms", "ms")), ratio(e.get("ms"), base.get("ms")),
+        show(e.get("called_ms"), ".3f"), ratio(e.get("called_ms"), base.get("called_ms"))])
+
+
+def step_table(found):
+    head = ["step", "row", "ms", "/ bf16", "tokens/s", "peak GiB", "/ bf16"]
+    return table_by_row(head, found, lambda size: "{}, {} x {}".format(size, *STEPS[size]), lambda e, base: [
+        show(e.get("ms"), ".1f"), ratio(e.get("ms"), base.get("ms")),
+        show(e.get("tokens_per_s"), ",.0f"),
+        show(e.get("peak_gib"), ".2f"), ratio(e.get("peak_gib"), base.get("peak_gib"))])
+
+
+def squares(found):
+    """{width: {row: entry}}, the widest first"""
+    return {s[1]: rows for s, rows in sorted(by_row(found).items(), reverse=True) if s in WIDTHS}
+
+
+def width_table(found):
+    ratios = lambda rows: [ratio(rows[row].get("ms"), rows["bf16"].get("ms")) or "out of memory" for row in ROWS[1:]]
+    return table(["width", *(f"{row} / bf16" for row in ROWS[1:])],
+                 [[str(width), *ratios(rows)] for width, rows in reversed(squares(found).items())])
+
+
+def faster_from(found, row):
+    """the smallest measured width from which on row stays faster than bf16, or None"""
+    first = None
+    for width, rows in squares(found).items():
+        ms, base = rows[row].get("ms"), rows["bf16"].get("ms", float("inf"))
+        if ms is None or not ms < base: break
+        first = width
+    return first
+
+
+def break_even(found, row):
+    width = faster_from(found, row)
+    if width is None: return f"{row} is not faster than bf16 at {max(squares(found))}, the largest width measured."
+    return f"{row} is faster than bf16 from a width of {width} on."
+
+
+def report(found):
+    parts = [f"`make bench` on one {found['gpu']} (torch {found['torch']}, {found['date']})"]
+    linears = found.get("linears", [])
+    if linears:
+        parts += ["One linear layer, milliseconds. Forward, backward and their sum are the GPU's time, replayed from a CUDA\n"
+                  "graph: what the layer costs inside a compiled model. \"Called\" is the same layer called from Python,\n"
+                  "where a narrow one waits for the host.", linear_table([e for e in linears if shape(e) in SHAPES])]
+    if squares(linears):
+        parts += [f"Square layers, {WIDTHS[0][0]} tokens, the sum on the GPU.\n" +
+                  "\n".join(break_even(linears, row) for row in ROWS[1:]), width_table(linears)]
+    if "steps" in found:
+        parts += ["A training step, compiled: forward, backward, clip, AdamW, weights quantised; "
+                  f"{VOCABULARY:,} tokens in the vocabulary.", step_table(found["steps"])]
+    if "kernels" in found:
+        parts += ["The kernels at 16384 x 4096, bytes read and written; the product y = x w.T alone.",
+                  kernel_table(found["kernels"]), product_table(found["products"])]
+    return "\n\n".join(parts)
+
+
+# ---- files, main
+
+def replaced(text, body):
+    """text with body between its markers"""
+    start, stop = MARKERS
+    if not (text.count(start) == text.count(stop) == 1 and text.index(start) < text.index(stop)):
+        raise ValueError(f"it needs one {start} and, below it, one {stop}")
+    return text[:text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(stop):]
+
+
+def write(path, text):
+    """all of it, or what was there before"""
+    with open(path + ".tmp", "w") as file: file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("kernels", "linears", "steps"), help="measure this part and print it")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, printed")
+    asked = parser.parse_args(argv)
+    problem = ("torch sees no GPU here" if not torch.cuda.is_available() else
+               "the kernels did not build" if fp4.build().startswith("reference") else None)
+    if problem:
+        say("bench:", problem)
+        return 2
+    found = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, date=str(datetime.date.today()))
+    shapes, widths = ([SHAPES[0], SHAPES[-1]], []) if asked.quick else (SHAPES, WIDTHS)
+    products = ["bf16"] + ["fp8"] * (torch.cuda.get_device_capability() >= (8, 9)) + ["fp4"]
+    parts = dict(kernels=lambda: dict(kernels=kernels(), products=each(product, shapes, products)),
+                 linears=lambda: dict(linears=each(linear, dict.fromkeys(shapes + widths), ROWS)),
+                 steps=lambda: dict(steps=steps(["tiny", "30M"] if asked.quick else STEPS)))
+    for part in [asked.only] if asked.only else parts:
+        start = time.perf_counter()
+        found.update(parts[part]())
+        say(f"{part} took {time.perf_counter() - start:.0f} s")
+    print(report(found))
+    if asked.only or asked.quick: return 0
+    write(RESULTS, json.dumps(found, indent=1))
+    try: write(README, replaced(open(README).read(), report(found)))
+    except ValueError as error:
+        say(f"bench: {os.path.basename(README)} is as it was, because {error}")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        print("bench: torch sees no GPU here", file=sys.stderr)
-        sys.exit(2)
-    fp4.build()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}")
-    kernels()
-    linears()
+    sys.exit(main(sys.argv[1:]))
