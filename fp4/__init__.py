@@ -3,9 +3,10 @@ A few ops, each with several implementations and one schema; the device of the t
 
     CompositeExplicitAutograd   reference.py, the definition: runs on anything, slowly
     CPU                         cpu.cpp, once build() has compiled it (build.py)
-    CUDA                        quantize.cu and product.py, likewise
+    CUDA                        quantize.cu, likewise, and a product for the GPU: product.py
 
-Shapes: M rows, K columns in blocks of 32; packed matrices are codes [M, K/2] and scales [M, K/32].
+Shapes: M rows, K columns in blocks of 32; packed matrices are codes [M, K/2] and scales [M, K/32]. The operands of a
+gradient's product are packed, or FP8 tiles (tiles.cuh) where the product wants them.
 """
 import torch
 from . import reference
@@ -13,10 +14,10 @@ from . import reference
 lib = torch.library.Library("fp4", "DEF")
 for schema in (
     "quantize_forward(Tensor x, str scale) -> (Tensor codes, Tensor scales, Tensor mask)",
-    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, bool signs_after)"
-        " -> (Tensor codes, Tensor scales, Tensor codes_t, Tensor scales_t)",
-    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, bool signs_after)"
-        " -> (Tensor codes_t, Tensor scales_t)",
+    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, bool signs_after, bool tiles=False)"
+        " -> (Tensor a, Tensor a_scales, Tensor at, Tensor at_scales)",
+    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, bool signs_after, bool tiles=False)"
+        " -> (Tensor at, Tensor at_scales)",
     "dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
     "gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float alpha, ScalarType dtype) -> Tensor",
     "unrotate(Tensor d, Tensor mask, ScalarType dtype) -> Tensor",
@@ -28,6 +29,10 @@ for schema in (
 # differs from layer to layer, keeps the calls of two layers with one dy from being merged into one (both were seen)
 lib.define("draw(Tensor dy, Tensor x, int n) -> (Tensor signs, Tensor seeds)", tags=torch.Tag.nondeterministic_seeded)
 lib.impl("draw", reference.draw, "CompositeExplicitAutograd")
+# the product of a gradient's operands, masked and rotated back
+lib.define("gemm_unrotate(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor mask, float alpha, ScalarType dtype) -> Tensor")
+lib.impl("gemm_unrotate", lambda a, a_scales, b, b_scales, mask, alpha, dtype: torch.ops.fp4.unrotate(
+    torch.ops.fp4.gemm(a, a_scales, b, b_scales, alpha, torch.float32), mask, dtype), "CompositeExplicitAutograd")
 # only on a GPU: packed [M, K] -> FP8 E4M3 [M, K] and a float32 scale a row [M, 1] that holds alpha, for product.py
 lib.define("fold(Tensor codes, Tensor scales, float alpha) -> (Tensor fp8, Tensor row_scales)")
 
@@ -39,14 +44,20 @@ def packed(like, M, K):
 
 def padded(M): return (M + 31) // 32 * 32
 
+def operand(like, M, K, tiles, right=False):
+    if not tiles: return packed(like, M, K)
+    m, k = (M + 127) // 128, (K + 127) // 128
+    return like.new_empty(m, k, 128 * 128, dtype=torch.uint8), like.new_empty(m, 1 if right else k, 128, dtype=torch.float32)
+
 for name, shapes in dict(
     quantize_forward=lambda x, scale: (*packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1] // 32, dtype=torch.int32)),
-    quantize_backward=lambda x, signs, seeds, stochastic, signs_after:
-        (*packed(x, *x.shape), *packed(x, x.shape[1], padded(x.shape[0]))),
-    requantize=lambda codes, scales, signs, seed, stochastic, signs_after:
-        packed(codes, 2 * codes.shape[1], padded(codes.shape[0])),
+    quantize_backward=lambda x, signs, seeds, stochastic, signs_after, tiles=False:
+        (*operand(x, *x.shape, tiles), *operand(x, x.shape[1], padded(x.shape[0]), tiles)),
+    requantize=lambda codes, scales, signs, seed, stochastic, signs_after, tiles=False:
+        operand(codes, 2 * codes.shape[1], padded(codes.shape[0]), tiles, right=True),
     dequantize=lambda codes, scales, dtype: codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype),
     gemm=lambda a, a_scales, b, b_scales, alpha, dtype: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
+    gemm_unrotate=lambda a, a_scales, b, b_scales, mask, alpha, dtype: a.new_empty(mask.shape[0], 32 * mask.shape[1], dtype=dtype),
     unrotate=lambda d, mask, dtype: d.new_empty(d.shape, dtype=dtype),
     draw=lambda dy, x, n: (dy.new_empty(1, dtype=torch.int64), dy.new_empty(n, dtype=torch.int64)),
 ).items():

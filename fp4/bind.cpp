@@ -83,6 +83,10 @@ struct Device {
     guard.emplace(x.get_device_index());
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
+  ~Device() noexcept(false) {                                 // the op's launches are done
+    const char* error = ops == &cuda ? launch_error() : nullptr;
+    CHECK(!error, "a kernel did not start: ", error);
+  }
 #else
   explicit Device(const Tensor&) {}
 #endif
@@ -99,25 +103,38 @@ tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, std::string scal
   return {c, s, mask};
 }
 
+// an operand of a product: packed, or FP8 tiles (tiles.cuh)
+struct Operand { Tensor values, scales; };
+enum class Format { packed, left, right };
+Operand operand(const Tensor& like, int64_t M, int64_t K, Format format) {
+  if (format == Format::packed) return {codes(like, M, K), scales(like, M, K)};
+  CHECK(like.is_cuda(), "FP8 tiles are for a GPU");
+  const int64_t m = (M + 127) / 128, k = (K + 127) / 128;
+  return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, format == Format::left ? k : 1, 128}, ScalarType::Float)};
+}
+
 tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const Tensor& signs, const Tensor& seeds,
-                                                        bool stochastic, bool signs_after) {
+                                                        bool stochastic, bool signs_after, bool tiles) {
   check_blocks(x), check_random(x, signs, "signs", 1), check_random(x, seeds, "seeds", 2);
-  const int64_t M = x.size(0), K = x.size(1), Mp = padded(M);
-  Tensor c = codes(x, M, K), s = scales(x, M, K), ct = codes(x, K, Mp), st = scales(x, K, Mp);
+  const int64_t M = x.size(0), K = x.size(1);
+  const Format format = tiles ? Format::left : Format::packed;
+  const Operand rows = operand(x, M, K, format), columns = operand(x, K, padded(M), format);
   const Device on(x);
-  on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic}, longs(seeds),
-                        bytes(c), bytes(s), bytes(ct), bytes(st), on.stream);
-  return {c, s, ct, st};
+  on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic, tiles}, longs(seeds), rows.values.data_ptr(),
+                        rows.scales.data_ptr(), columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
+  return {rows.values, rows.scales, columns.values, columns.scales};
 }
 
 tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor& signs, const Tensor& seed,
-                                 bool stochastic, bool signs_after) {
+                                 bool stochastic, bool signs_after, bool tiles) {
   check_packed(c, s), check_random(c, signs, "signs", 1), check_random(c, seed, "seed", 1);
-  const int64_t M = c.size(0), K = 2 * c.size(1), Mp = padded(M);
-  Tensor ct = codes(c, K, Mp), st = scales(c, K, Mp);
+  const int64_t M = c.size(0), K = 2 * c.size(1);
+  const Operand columns = operand(c, K, padded(M), tiles ? Format::right : Format::packed);
   const Device on(c);
-  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic}, longs(seed), bytes(ct), bytes(st), on.stream);
-  return {ct, st};
+  Tensor top = empty(c, tiles ? (M + 63) / 64 : 0, K / 32, ScalarType::Byte);
+  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic, tiles}, longs(seed), tiles ? bytes(top) : nullptr,
+                 columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
+  return {columns.values, columns.scales};
 }
 
 Tensor dequantize(const Tensor& c, const Tensor& s, ScalarType dtype) {
@@ -160,6 +177,25 @@ tuple<Tensor, Tensor> fold_packed(const Tensor& c, const Tensor& s, double alpha
 }
 #endif
 
+#ifdef GEMM_SM90
+// tiles of [M, K], tiles of [N, K] -> alpha * a @ b.T, masked and un-rotated: [M, N] as the mask says
+Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, const Tensor& mask, double alpha, ScalarType dtype) {
+  check_tensor(mask, "mask", 2, ScalarType::Int), check_tensor(a, "a", 3, ScalarType::Byte), check_tensor(as, "a_scales", 3, ScalarType::Float);
+  check_tensor(b, "b", 3, ScalarType::Byte), check_tensor(bs, "b_scales", 3, ScalarType::Float);
+  for (const Tensor* t : {&as, &b, &bs, &mask}) check_with(a, *t, "one of the operands");
+  const int64_t M = mask.size(0), N = 32 * mask.size(1), depth = a.size(1);
+  const auto shaped = [](const Tensor& t, int64_t rows, int64_t k, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == k && t.size(2) == n; };
+  CHECK(shaped(a, M, depth, 128 * 128) && shaped(as, M, depth, 128) && shaped(b, N, depth, 128 * 128) && shaped(bs, N, 1, 128),
+        "the tiles of the operands do not match each other, or the mask's [", M, ", ", N, "]");
+  const Device on(a);
+  const int splits = gemm_sm90_splits(M, N, 128 * depth);
+  Tensor out = empty(a, M, N, dtype), partial = empty(a, splits > 1 ? splits * M : 0, N, ScalarType::Float);
+  gemm_sm90(bytes(a), (float*)as.data_ptr(), bytes(b), (float*)bs.data_ptr(), M, N, 128 * depth, float(alpha), (int32_t*)mask.data_ptr(),
+            (float*)partial.data_ptr(), splits, values(out), on.stream);
+  return out;
+}
+#endif
+
 const auto same_on_both = [](auto& m) {
   m.impl("quantize_forward", TORCH_BOX(&quantize_forward));
   m.impl("quantize_backward", TORCH_BOX(&quantize_backward));
@@ -179,5 +215,8 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
   same_on_both(m);
   m.impl("fold", TORCH_BOX(&fold_packed));                     // gemm is in product.py: a library multiplies
+#ifdef GEMM_SM90
+  m.impl("gemm_unrotate", TORCH_BOX(&gemm_unrotate));
+#endif
 }
 #endif

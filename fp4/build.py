@@ -15,11 +15,10 @@ def build():
     try:
         if torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
-            target = "{0}{1}".format(*capability)
-            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu"], ["-DUSE_CUDA"], target)
-            gemm, what = product.choose(capability)
-            lib.impl("gemm", gemm, "CUDA")
-            how = f"quantize.cu and {what} on the GPU, cpu.cpp on the CPU"
+            target, hopper = "{0}{1}".format(*capability), capability == (9, 0)
+            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu", "fold.cu"] + ["gemm_sm90.cu"] * hopper,
+                             ["-DUSE_CUDA"] + ["-DGEMM_SM90"] * hopper, target + "a" * hopper)
+            how = f"quantize.cu and {product.choose(capability, lib)} on the GPU, cpu.cpp on the CPU"
         else:
             compile_and_load(["bind.cpp", "cpu.cpp"], [])
             how = "cpu.cpp (compiled, byte-equal to reference.py)"

@@ -12,9 +12,6 @@ namespace {
 
 constexpr int W = 16;
 
-// f(pointer of the right type)
-template <class F> void typed(Values x, F f) { x.bf16 ? f((bfloat16*)x.data) : f((float*)x.data); }
-
 // f(first, n): the n <= 16 blocks from `first` on, for all blocks of a row-major matrix
 template <class F> void for_groups(int64_t blocks, F f) {
   torch::stable::parallel_for(0, (blocks + W - 1) / W, 8, [&](int64_t begin, int64_t end) {
@@ -118,22 +115,22 @@ void quantize_forward(Values x, int64_t M, int64_t K, bool nearest, uint8_t* cod
 }
 
 void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
-                       uint8_t* codes, uint8_t* scales, uint8_t* codes_t, uint8_t* scales_t, void*) {
+                       void* codes, void* scales, void* codes_t, void* scales_t, void*) {
   typed(x, [=](auto* x) {
     for_groups(M * K / 32, [=](int64_t first, int n) {
       Block<W> v;
       load(x + 32 * first, n, v);
-      absmax_blocks(v, how, seeds[0], {codes, scales, first, 1, n});
+      absmax_blocks(v, how, seeds[0], {(uint8_t*)codes, (uint8_t*)scales, first, 1, n});
     });
-    absmax_columns(M, K, how, seeds[1], codes_t, scales_t, [=](int64_t row, int64_t k, float* v) {
+    absmax_columns(M, K, how, seeds[1], (uint8_t*)codes_t, (uint8_t*)scales_t, [=](int64_t row, int64_t k, float* v) {
       for (int w = 0; w < W; w++) v[w] = get(x[row * K + k + w]);
     });
   });
 }
 
 void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                uint8_t* codes_t, uint8_t* scales_t, void*) {
-  absmax_columns(M, K, how, seed[0], codes_t, scales_t, [=](int64_t row, int64_t k, float* v) {
+                uint8_t*, void* codes_t, void* scales_t, void*) {
+  absmax_columns(M, K, how, seed[0], (uint8_t*)codes_t, (uint8_t*)scales_t, [=](int64_t row, int64_t k, float* v) {
     const int64_t at = row * K + k;                           // 16 values never cross a block
     const float s = scale_of(scales[at / 32]);
     for (int w = 0; w < W; w++) v[w] = value(codes[at / 2 + w / 2] >> 4 * (w % 2) & 15) * s;

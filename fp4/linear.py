@@ -15,7 +15,9 @@ Saved for backward: xq and wq as they are, 4.25 bits a value and one mask bit; n
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from . import baselines, emulated                              # every recipe that the kernels do not compute
 from .build import build
+from .product import tiles
 from .recipes import recipe
 
 ops = torch.ops.fp4
@@ -37,37 +39,39 @@ class QuartetMatmul(torch.autograd.Function):
         xc, xs, x_mask, wc, ws, w_mask = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.recipe.backward:
-            how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after"
+            how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after", tiles(dy)
             signs, seeds = ops.draw(dy, xc, 4)                                       # one sign word, four tensors
             gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], *how)     # dy and dy.T
             wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], *how)               # wq.T
             xtc, xts = ops.requantize(xc, xs, signs, seeds[3:], *how)                # xq.T
-            dx = ops.gemm(gc, gs, wtc, wts, 16 / 9, dy.dtype)
-            dw = ops.gemm(gtc, gts, xtc, xts, 16 / 9, torch.float32)
+            dx = ops.gemm_unrotate(gc, gs, wtc, wts, x_mask, 16 / 9, dy.dtype)
+            dw = ops.gemm_unrotate(gtc, gts, xtc, xts, w_mask, 16 / 9, torch.float32)
         else:
-            dx = dy @ ops.dequantize(wc, ws, dy.dtype)
-            dw = dy.T @ ops.dequantize(xc, xs, dy.dtype)
-        return ops.unrotate(dx, x_mask, dy.dtype), ops.unrotate(dw, w_mask, torch.float32), None, None
+            dx = ops.unrotate(dy @ ops.dequantize(wc, ws, dy.dtype), x_mask, dy.dtype)
+            dw = ops.unrotate(dy.T @ ops.dequantize(xc, xs, dy.dtype), w_mask, torch.float32)
+        return dx, dw, None, None
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias whose products run as its recipe says; in- and out-features are multiples of 32.
+    """nn.Linear without bias whose products run as its recipe says; in- and out-features are multiples of 32 (fp8: 16).
     The weight stays float32 for the optimizer. Linear(640, 1792, "fp4", scale="nearest")"""
 
     def __init__(self, n_in, n_out, precision, **axes):
         self.recipe = recipe(precision, **axes)
         for name, n in (("in", n_in), ("out", n_out)):
-            if n % 32 and (self.recipe.forward or self.recipe.backward):
-                raise ValueError(f"fp4: {name}-features must be a multiple of 32, got {n}")
-        if self.recipe.forward or self.recipe.backward:
+            if n % self.recipe.multiple:
+                raise ValueError(f"{precision}: {name}-features must be a multiple of {self.recipe.multiple}, got {n}")
+        self.kernels = self.recipe.kernels                      # once, not in the compiled graph
+        if self.kernels:
             build()                                             # the kernels, at their first use
         super().__init__(n_in, n_out, bias=False)
         self.packed = self.version = None
 
     def forward(self, x):
-        if not self.recipe.forward:
-            return F.linear(x, self.weight.to(x.dtype))
-        y = QuartetMatmul.apply(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.packed_weight(), self.recipe)
+        if not self.recipe.quantised: return F.linear(x, self.weight.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if self.kernels: y = QuartetMatmul.apply(rows, self.weight, self.packed_weight(), self.recipe)
+        else:            y = emulated.Matmul.apply(rows, self.weight, self.recipe)
         return y.view(*x.shape[:-1], -1)
 
     def packed_weight(self):
@@ -84,7 +88,7 @@ class Linear(nn.Linear):
 
 def quantize_weights_after(optimizer, model):
     """quantise the weights of model's fp4 layers now, and after each optimizer.step(): once a step, not once a microbatch"""
-    layers = [m for m in model.modules() if isinstance(m, Linear) and m.recipe.forward]
+    layers = [m for m in model.modules() if isinstance(m, Linear) and m.kernels]
     def quantize(*_):
         for layer in layers: layer.quantize_weight()
     quantize()

@@ -89,10 +89,11 @@ FN int quest_exponent(float t, bool nearest) {
 
 // the largest magnitude; NaN counts as larger than everything, which fmaxf would not do
 template <int W> FN void largest(const Block<W>& v, float (&m)[W]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
   for (int w = 0; w < W; w++) {
-    m[w] = 0;
-    UNROLL for (int i = 0; i < 32; i++) asm("max.NaN.f32 %0, %0, %1;" : "+f"(m[w]) : "f"(fabsf(v[i][w])));
+    m[w] = 0;                                                              // max(|m|, |v|) in one instruction, with some sign
+    UNROLL for (int i = 0; i < 32; i++) asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(m[w]) : "f"(v[i][w]));
+    m[w] = fabsf(m[w]);
   }
 #else
   uint32_t u[W] = {};                                                      // as integers
@@ -136,11 +137,12 @@ FN float value(int code) {                                                 // 0.
 #endif
 }
 
-FN int round_stochastic(float u, int noise) {                              // noise in [0, 256); all is exact
+// up if what is left of a, in steps, and (noise + 1/2) / 256 make 1; noise in [0, 256). All is exact
+FN int round_stochastic(float u, int noise) {
   const Grid g = grid(u);
   const float sum = g.a + float_of(g.magic), rest = g.a - (sum - float_of(g.magic));                       // in +-p/4
-  const float step = .5f * float_of(g.p), threshold = step * ((noise + .5f) / 256);
-  return int(bits_of(sum) - g.magic + (g.p >> 22)) - 255 + (rest > threshold) + (rest > threshold - step);
+  const float step = .5f * float_of(g.p), threshold = step * ((255.5f - noise) / 256);
+  return int(bits_of(sum) - g.magic + (g.p >> 22)) - 255 + (rest >= threshold) + (rest >= threshold - step);
 }
 
 FN float scale_of(uint8_t byte) { return byte == 255 ? float_of(0x7FC00000u) : pow2(byte - 127); }

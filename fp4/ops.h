@@ -4,12 +4,15 @@ Raw pointers, contiguous row-major matrices; K is a multiple of 32, M is any num
 */
 #pragma once
 #include <cstdint>
+#include "mxfp4.cuh"
 
 struct Values { void* data; bool bf16; };                     // float32 or bfloat16
+template <class F> void typed(Values x, F f) { x.bf16 ? f((mxfp4::bfloat16*)x.data) : f((float*)x.data); }
 
 struct Backward {                                             // how the backward quantiser works
   const int64_t* signs;                                       // low 32 bits; bit i set: negate element i of each block
   bool signs_after, stochastic;
+  bool tiles;                                                 // the operands are FP8 tiles (tiles.cuh), not packed; on a GPU only
 };
 
 struct Ops {
@@ -20,16 +23,25 @@ struct Ops {
                            int32_t* mask,                     // [M, K/32], bit i is element i
                            void* stream);
   void (*quantize_backward)(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,       // 2 seeds
-                            uint8_t* codes, uint8_t* scales,  // [M, K/2], [M, K/32]
-                            uint8_t* codes_t, uint8_t* scales_t,                                      // [K, Mp/2], [K, Mp/32]
+                            void* values, void* scales,       // codes [M, K/2] and scales [M, K/32], or tiles
+                            void* values_t, void* scales_t,   // codes [K, Mp/2] and scales [K, Mp/32], or tiles
                             void* stream);
   void (*requantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                     uint8_t* codes_t, uint8_t* scales_t, void* stream);
+                     uint8_t* tops,                           // [ceil(M/64), K/32] to work with, for tiles; else nullptr
+                     void* values_t, void* scales_t, void* stream);
   void (*dequantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream);
   void (*unrotate)(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream);
 };
 
 extern const Ops cpu, cuda;
 void scale(const float* c, int64_t n, float alpha, Values out);                     // CPU: out = alpha * c
-void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // CUDA: see quantize.cu
-          uint8_t* fp8, float* row_scales, void* stream);
+
+// GPU only: fold.cu, gemm_sm90.cu
+void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // [M, K] packed
+          uint8_t* fp8, float* row_scales, void* stream);                                             // [M, K], [M]
+int gemm_sm90_splits(int64_t M, int64_t N, int64_t K);
+void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
+               const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not
+               float* partial,                                // [splits, M, N] when splits > 1
+               int splits, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
+const char* launch_error();                                   // of the last launch, or nullptr

@@ -1,19 +1,25 @@
 """
-alpha * a @ b.T of packed matrices on a GPU without FP4 units: in a wider format that holds every MXFP4 value,
-multiplied by the library. A product in the FP8 of Hopper and Ada has MXFP4's exact operands, because a block
-scale is a power of two and fits into the exponent (numerics: 2^s * E2M1 is E4M3 for 15 consecutive s; a row's
-largest exponent goes into its FP32 scale). A block more than 14 octaves below its row's largest rounds.
+alpha * a @ b.T of packed matrices on a GPU without FP4 units: in a wider format that holds every MXFP4 value. A product in
+the FP8 of Hopper and Ada has MXFP4's exact operands, because a block scale is a power of two and fits into the exponent
+(2^s * E2M1 is E4M3 for 15 consecutive s; a row's largest exponent goes into its FP32 scale: fold.cu). A block more than
+14 octaves below its row's largest rounds. On Hopper, gradients have a product of their own: gemm_sm90.cu.
 """
 import torch
 
 ops = torch.ops.fp4
+TILES = False                   # gemm_sm90.cu is loaded: a gradient's operands are FP8 tiles
 
 
-def choose(capability):
-    """the product for a GPU, and what to call it"""
-    if capability >= (8, 9):
-        return gemm_fp8, "exact FP4 products on FP8 tensor cores"
-    return gemm_bf16, "exact FP4 products on BF16 tensor cores"
+def choose(capability, lib):
+    """register the product for a GPU; returns what to call it"""
+    global TILES
+    TILES = capability == (9, 0)
+    fp8 = capability >= (8, 9)
+    lib.impl("gemm", gemm_fp8 if fp8 else gemm_bf16, "CUDA")
+    return f"exact FP4 products on {'FP8' if fp8 else 'BF16'} tensor cores{' (gradients: gemm_sm90.cu)' * TILES}"
+
+
+def tiles(x): return TILES and x.is_cuda
 
 
 def gemm_fp8(a, a_scales, b, b_scales, alpha, dtype):

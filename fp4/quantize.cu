@@ -1,167 +1,295 @@
 /*
-The ops on a GPU, byte for byte those of reference.py. A thread owns a block of 32 values, from the first load to
-the packed bytes: 16 of codes, one of scale, 4 of mask. All are bound by memory; -fmad=false, see mxfp4.cuh.
+The ops on a GPU, byte for byte those of reference.py. -fmad=false, see mxfp4.cuh.
 
-    quantize_forward    x -> codes, scales, mask                     one read of x
-    quantize_backward   dy -> codes, scales, and those of dy.T       one read of dy: a tile of 32 rows waits in shared memory,
-                                                                     each thread takes a block of a row, then one of a column
-    requantize          packed x -> packed x.T                       the same for packed input; nothing wider than a byte is stored
+    quantize_forward    x -> codes, scales, mask         a thread owns a block of 32, from the load to the packed bytes
+    quantize_backward   dy -> operands dy and dy.T       one read: a tile of 128 x 128 waits in shared memory,
+                                                         each thread takes a block of a row, then one of a column
+    requantize          packed x -> operand x.T          the same; the packed tile is unpacked into shared memory (exact in BF16)
     unrotate            (d * mask) H
-    fold                packed -> FP8, exactly, for tensor cores without FP4
+
+An operand is packed, or FP8 tiles for the product of gemm_sm90.cu: nothing in between is written to memory.
+
+What bounds these kernels is not memory alone but instructions: at 4 TB/s an H200 has time for about 25 a value. A rotation
+is five additions; to round, see `nearest`.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
 */
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
+#include <cuda_fp16.h>
 #include <type_traits>
-#include "mxfp4.cuh"
+#include "cuda.cuh"
 #include "ops.h"
-
-using namespace mxfp4;
+#include "tiles.cuh"
 
 namespace {
 
-constexpr int THREADS = 256, TILE = 256;                                   // TILE columns of 32 rows, one a thread
+constexpr int THREADS = 256, TILE_THREADS = 512;                           // a thread a block of 32; so many in 128 x 128
 
-// ---- 32 values of memory <-> registers, 16 bytes at a time
+// ---- an element: w -> the nearest unit * E2M1, unit a power of two, |w| <= 6 units. With p the power of two below |w|, at
+// least the unit, the grid's neighbours of w are p/2 apart, and so are floats at 2^22 p: one addition rounds, one takes
+// 2^22 p away again. To round stochastically, add a random part of p/2 and round towards zero
 
-__device__ void load(const bfloat16* x, Block<1>& v) {
-  UNROLL for (int i = 0; i < 4; i++) {
-    const uint4 q = reinterpret_cast<const uint4*>(x)[i];
-    const uint32_t pair[4] = {q.x, q.y, q.z, q.w};
-    UNROLL for (int j = 0; j < 4; j++)
-      v[8 * i + 2 * j][0] = float_of(pair[j] << 16), v[8 * i + 2 * j + 1][0] = float_of(pair[j] & 0xFFFF0000u);
-  }
+__device__ float power(float w, float unit) {                              // p, with the sign of w
+  float p;
+#if __CUDA_ARCH__ >= 860
+  asm("max.xorsign.abs.f32 %0, %1, %2;" : "=f"(p) : "f"(w), "f"(unit));
+#else
+  p = copysignf(fmaxf(fabsf(w), unit), w);
+#endif
+  return float_of(bits_of(p) & 0xFF800000u);
 }
 
-__device__ void load(const float* x, Block<1>& v) {
-  UNROLL for (int i = 0; i < 8; i++) {
-    const float4 q = reinterpret_cast<const float4*>(x)[i];
-    v[4 * i][0] = q.x, v[4 * i + 1][0] = q.y, v[4 * i + 2][0] = q.z, v[4 * i + 3][0] = q.w;
-  }
+__device__ float clip(float w, float bound) {
+#if __CUDA_ARCH__ >= 860
+  asm("min.xorsign.abs.f32 %0, %0, %1;" : "+f"(w) : "f"(bound));
+  return w;
+#else
+  return fminf(fmaxf(w, -bound), bound);
+#endif
 }
 
-__device__ void store(float* x, const Block<1>& v) {
-  UNROLL for (int i = 0; i < 8; i++)
-    reinterpret_cast<float4*>(x)[i] = make_float4(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
+__device__ float signed_as(float w, float r) { return float_of(bits_of(r) | (bits_of(w) & 0x80000000u)); }    // r = 0 has lost its sign
+
+__device__ float nearest(float w, float unit) {
+  const float p = power(w, unit);
+  return __fmaf_rn(p, -0x1p22f, __fmaf_rn(p, 0x1p22f, w));
 }
 
-__device__ void store(bfloat16* x, const Block<1>& v) {
-  UNROLL for (int i = 0; i < 4; i++) {
-    uint32_t pair[4];
-    UNROLL for (int j = 0; j < 4; j++) {
-      const __nv_bfloat162 two = __floats2bfloat162_rn(v[8 * i + 2 * j][0], v[8 * i + 2 * j + 1][0]);
-      memcpy(&pair[j], &two, 4);
-    }
-    reinterpret_cast<uint4*>(x)[i] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
-  }
+__device__ float stochastic(float w, float unit, uint32_t noise, int byte) {
+  const float one = float_of(__byte_perm(noise, 0x3F800000u, 0x7604 | byte << 4));       // 1 + noise / 2^15
+  const float part = __fmaf_rn(one, 64, -64 + 0x1p-10f);                                 // (noise + 1/2) / 512
+  const float p = power(w, unit);
+  return __fmaf_rn(p, -0x1p22f, __fmaf_rz(p, 0x1p22f, __fmaf_rz(p, part, w)));
 }
 
-// ---- a block: registers -> packed
-
-__device__ void pack(const Block<1>& u, bool keep, uint4* codes) {         // RTN; 0 where not kept
-  uint32_t word[4] = {};
-  UNROLL for (int i = 0; i < 32; i++) word[i / 8] |= uint32_t(round_nearest(u[i][0]) | sign_bit(u[i][0])) << 4 * (i % 8);
-  *codes = keep ? make_uint4(word[0], word[1], word[2], word[3]) : make_uint4(0, 0, 0, 0);
-}
-
-__device__ void pack_stochastic(const Block<1>& u, bool keep, uint64_t seed, int64_t block, uint4* codes) {
-  uint32_t word[4] = {}, noise[2][4];
-  philox(seed, 2 * block, noise[0]), philox(seed, 2 * block + 1, noise[1]);
+// v * factor, rounded; a 0 has the right sign if it is to be a code, not if it is to be multiplied
+template <bool codes, bool random> __device__ void round_block(Vector& v, float factor, float unit, uint64_t seed, int64_t block) {
+  uint32_t noise[2][4];
+  if (random) philox(seed, 2 * block, noise[0]), philox(seed, 2 * block + 1, noise[1]);
   UNROLL for (int i = 0; i < 32; i++) {
-    const int byte = noise[i / 16][i / 4 % 4] >> 8 * (i % 4) & 255;
-    word[i / 8] |= uint32_t(round_stochastic(u[i][0], byte) | sign_bit(u[i][0])) << 4 * (i % 8);
+    const float w = v[i][0] * factor;
+    const float r = random ? stochastic(w, unit, noise[i / 16][i / 4 % 4], i % 4) : nearest(w, unit);
+    v[i][0] = codes ? signed_as(w, r) : r;
   }
-  *codes = keep ? make_uint4(word[0], word[1], word[2], word[3]) : make_uint4(0, 0, 0, 0);
 }
 
-template <bool stochastic>
-__device__ void absmax(Block<1>& v, const Backward& how, uint64_t seed, int64_t block, uint8_t* codes, uint8_t* scales) {
-  const uint32_t signs = uint32_t(*how.signs);
-  float m[1];
-  if (!how.signs_after) flip(v, signs);
-  hadamard(v);
-  if (how.signs_after) flip(v, signs);
-  largest(v, m);
-  const int e = absmax_exponent(m[0]);
-  const float factor = .75f * pow2(-e);
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] *= factor;
-  const bool keep = m[0] > 0 && finite(m[0]);
-  uint4* to = reinterpret_cast<uint4*>(codes) + block;
-  if (stochastic) pack_stochastic(v, keep, seed, block, to); else pack(v, keep, to);
-  scales[block] = finite(m[0]) ? e + 127 : 255;
+// ---- 32 rounded values -> 16 bytes of codes. UNIT * E2M1 as FP16 has the code in bits 9 to 11, the sign in 15: the upper byte
+
+constexpr float UNIT = 0x1p-14f;
+
+__device__ uint32_t half2(float a, float b) { const __half2 h = __floats2half2_rn(a, b); uint32_t u; memcpy(&u, &h, 4); return u; }
+__device__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+
+__device__ uint4 nibbles(const Vector& r) {
+  uint32_t word[4];
+  UNROLL for (int j = 0; j < 4; j++) {
+    const float(*v)[1] = r + 8 * j;
+    const uint32_t even = __byte_perm(half2(v[0][0], v[2][0]), half2(v[4][0], v[6][0]), 0x7531);
+    const uint32_t odd = __byte_perm(half2(v[1][0], v[3][0]), half2(v[5][0], v[7][0]), 0x7531);
+    const uint32_t low = select(0x07070707u, even >> 1, even >> 4), high = select(0x70707070u, odd << 3, odd);
+    word[j] = select(0x0F0F0F0Fu, low, high);
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// ---- kernels
+// ---- the forward quantiser
 
 template <class T>
-__global__ void forward_kernel(const T* x, int64_t blocks, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask) {
+__global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ x, int64_t blocks, bool up,
+                                                          uint8_t* __restrict__ codes, uint8_t* __restrict__ scales, int32_t* __restrict__ mask) {
   const int64_t block = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (block >= blocks) return;
-  Block<1> v;
+  Vector v;
   float t[1];
   load(x + 32 * block, v);
   hadamard(v);
   quest(v, t);
   const bool ok = finite(t[0]);
-  const int e = quest_exponent(t[0], nearest);
-  const float inverse = pow2(-e);
+  const int e = quest_exponent(t[0], up);
+  const float factor = pow2(-e) * UNIT;
   uint32_t inside = 0;
-  UNROLL for (int i = 0; i < 32; i++) {
-    v[i][0] *= inverse;
-    inside = inside >> 1 | (bits_of(fabsf(v[i][0]) - 6) & 0x80000000u);    // the sign of |u| - 6; bit i after 32 steps
+  UNROLL for (int i = 31; i >= 0; i--) {
+    const float w = v[i][0] * factor;
+    inside = __funnelshift_l(bits_of(fabsf(w) - 6 * UNIT), inside, 1);     // the sign: |w| < 6
+    v[i][0] = signed_as(w, nearest(clip(w, 6 * UNIT), UNIT));
   }
-  pack(v, ok, reinterpret_cast<uint4*>(codes) + block);
+  const uint4 q = nibbles(v);
+  reinterpret_cast<uint4*>(codes)[block] = ok ? q : make_uint4(0, 0, 0, 0);
   scales[block] = ok ? e + 127 : 255;
   mask[block] = ok ? inside : 0;
 }
 
-template <class T, bool stochastic>
-__global__ void backward_kernel(const T* x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
-                                uint8_t* codes, uint8_t* scales, uint8_t* codes_t, uint8_t* scales_t) {
-  constexpr int N = 16 / sizeof(T), VECTORS = TILE / N;                    // 16 bytes are N values
-  __shared__ __align__(16) T tile[32][TILE + N];                           // N more, so that 8 rows lie in different banks
-  const int64_t m0 = int64_t(blockIdx.x) * 32, k0 = int64_t(blockIdx.y) * TILE;
-  for (int i = threadIdx.x; i < 32 * VECTORS; i += THREADS) {
-    const int row = i / VECTORS, at = i % VECTORS * N;
-    uint4 q = make_uint4(0, 0, 0, 0);                                      // rows beyond M are 0
-    if (m0 + row < M && k0 + at < K) q = *reinterpret_cast<const uint4*>(x + (m0 + row) * K + k0 + at);
-    *reinterpret_cast<uint4*>(&tile[row][at]) = q;
-  }
-  __syncthreads();
-  Block<1> v;
-  const int row = threadIdx.x % 32, at = threadIdx.x / 32 * 32;
-  if (m0 + row < M && k0 + at < K) {
-    load(&tile[row][at], v);
-    absmax<stochastic>(v, how, seeds[0], ((m0 + row) * K + k0 + at) / 32, codes, scales);
-  }
-  const int64_t k = k0 + threadIdx.x;
-  if (k < K) {
-    UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(tile[i][threadIdx.x]);
-    absmax<stochastic>(v, how, seeds[1], k * gridDim.x + blockIdx.x, codes_t, scales_t);
+// ---- the backward quantiser, on tiles of 128 x 128
+
+struct Operand {                                                           // [rows, 32 * blocks], packed or tiles
+  void *values, *scales;
+  int64_t rows, blocks;
+};
+
+template <class T> struct Shared {
+  T x[SIDE][SIDE + 16 / sizeof(T)];                                        // 16 bytes more, so that 8 rows lie in different banks
+  uint8_t tile[SIDE * SIDE];                                               // the output: of dy, then of dy.T
+  uint8_t exponents[2][SIDE][4];                                           // e + 128 of the 4 blocks of a line; 0: does not count
+  int bound[4];                                                            // no block of 32 lines has a larger exponent
+  uint32_t pair[16], row[32], after[8];                                    // sign bits, where each use wants them
+};
+
+template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after, bool tiles, Shared<T>& s) {
+  const int i = threadIdx.x;
+  const auto bit = [=](bool wanted, int j) { return wanted ? signs >> j & 1 : 0; };
+  if (i < 16) s.pair[i] = bit(!signs_after, 2 * i) << 15 | bit(!signs_after, 2 * i + 1) << 31;
+  if (i < 32) s.row[i] = bit(!signs_after, i) << 31;
+  if (i < 8) {                                                             // bit 7 of each byte, or bit 3 of each code
+    uint32_t word = 0;
+    for (int j = 0; j < (tiles ? 4 : 8); j++)
+      if ((tiles || i < 4) && bit(signs_after, (tiles ? 4 : 8) * i + j)) word |= tiles ? 0x80u << 8 * j : 8u << 4 * j;
+    s.after[i] = word;
   }
 }
 
-template <bool stochastic>
-__global__ void requantize_kernel(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how,
-                                  const int64_t* seed, uint8_t* codes_t, uint8_t* scales_t) {
-  __shared__ __align__(16) uint8_t tile[32][TILE / 2];
-  __shared__ float scale[32][TILE / 32];
-  const int64_t m0 = int64_t(blockIdx.x) * 32, k0 = int64_t(blockIdx.y) * TILE;
-  const int row = threadIdx.x / 8, at = threadIdx.x % 8;                   // a thread loads a block
-  const bool inside = m0 + row < M && k0 + 32 * at < K;
-  const int64_t block = ((m0 + row) * K + k0) / 32 + at;
-  const uint4 q = inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0);
-  *reinterpret_cast<uint4*>(&tile[row][16 * at]) = q;
-  scale[row][at] = inside ? scale_of(scales[block]) : 0;
-  __syncthreads();
-  const int64_t k = k0 + threadIdx.x;
-  if (k >= K) return;
-  Block<1> v;
-  UNROLL for (int i = 0; i < 32; i++)
-    v[i][0] = value(tile[i][threadIdx.x / 2] >> 4 * (threadIdx.x % 2) & 15) * scale[i][threadIdx.x / 32];
-  absmax<stochastic>(v, how, *seed, k * gridDim.x + blockIdx.x, codes_t, scales_t);
+enum class Format { packed, left, right };                                 // of an operand
+
+// v, part `part` of line `line` of the output's tile at (row, column) -> memory
+template <Format format, bool random, class T>
+__device__ void quantize(Vector& v, int line, int part, int64_t row, int64_t column, uint64_t seed, int bound,
+                         uint8_t (&exponents)[SIDE][4], const Operand& to, Shared<T>& s) {
+  float m[1];
+  hadamard(v), largest(v, m);
+  const int e = absmax_exponent(m[0]);
+  const bool keep = m[0] > 0 && finite(m[0]), inside = row + line < to.rows && column / 32 + part < to.blocks;
+  const int64_t block = (row + line) * to.blocks + column / 32 + part, tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
+  if constexpr (format != Format::packed) {
+    constexpr bool right = format == Format::right;
+    constexpr int S = right ? RIGHT : LEFT;
+    int top = bound;
+    if constexpr (!right) {                                                // the largest of the line's four
+      exponents[line][part] = keep ? e + 128 : 0;
+      __syncthreads();
+      const uint32_t four = *reinterpret_cast<const uint32_t*>(exponents[line]);
+      top = int(max(max(four & 255, four >> 8 & 255), max(four >> 16 & 255, four >> 24))) - 128;
+    }
+    top = max(top, -112);                                                  // a scale must be a normal number
+    round_block<false, random>(v, .75f * pow2(S - top), pow2(max(e - top, -60) + S), seed, block);
+    uint32_t word[8];
+    UNROLL for (int i = 0; i < 8; i++) {
+      word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]) ^ s.after[i];
+      word[i] = keep ? word[i] : m[0] == 0 ? 0 : 0x7F7F7F7Fu;              // NaN
+    }
+    UNROLL for (int i = 0; i < 2; i++)
+      *reinterpret_cast<uint4*>(s.tile + swizzle(line, 2 * part + i)) = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+    if (part == 0 && !right) ((float*)to.scales)[tile * SIDE + line] = pow2(top - S);
+    if (part == 0 && right && column == 0) ((float*)to.scales)[row + line] = pow2(top - S);
+    __syncthreads();
+    UNROLL for (int i = 0; i < SIDE * SIDE / 16 / TILE_THREADS; i++) {
+      const int at = i * TILE_THREADS + threadIdx.x;
+      ((uint4*)to.values)[tile * (SIDE * SIDE / 16) + at] = reinterpret_cast<const uint4*>(s.tile)[at];
+    }
+  } else if (inside) {
+    round_block<true, random>(v, .75f * pow2(-e) * UNIT, UNIT, seed, block);
+    const uint4 q = nibbles(v);
+    ((uint4*)to.values)[block] = keep ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
+    ((uint8_t*)to.scales)[block] = finite(m[0]) ? e + 127 : 255;
+  }
 }
+
+// one value of a column, with its sign changed or not
+__device__ float get(bfloat16 x, uint32_t sign) { return float_of(x.bits * 65536u + sign); }
+__device__ float get(float x, uint32_t sign) { return flipped(x, sign); }
+
+// what fills s.x with rows m0 ... of a matrix [M, K], zeros beyond it
+template <class T> struct Matrix {
+  const T* x;
+  using Element = T;
+  static constexpr bool both = true;                                       // the operand of dy itself is wanted too
+  __device__ void fill(Shared<T>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
+    constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;           // 16 bytes a thread and step
+    const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
+    uint4 q[STEPS];
+    UNROLL for (int i = 0; i < STEPS; i++) {                               // all reads are under way before the first is awaited
+      const bool inside = m0 + row + i * ROWS < M && k0 + at < K;
+      q[i] = inside ? *reinterpret_cast<const uint4*>(x + (m0 + row + i * ROWS) * K + k0 + at) : make_uint4(0, 0, 0, 0);
+    }
+    UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(&s.x[row + i * ROWS][at]) = q[i];
+  }
+};
+
+// four codes, in the low half of `word`, -> E2M1 as two words of BF16. The bytes of BF16 come from a table: __byte_perm
+__device__ uint2 bfloats(uint32_t word) {
+  const uint32_t four = word & 0x7777u;
+  const uint32_t signs = __byte_perm(word, 0, 0x1100), low = __byte_perm(0xC0800000u, 0xC0804000u, four);
+  const uint32_t high = __byte_perm(0x3F3F3F00u, 0x40404040u, four) | (signs << 4 & 0x00800080u) | (signs & 0x80008000u);
+  return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
+}
+
+struct PackedMatrix {
+  const uint8_t *codes, *scales, *tops;                                    // tops: of tops_kernel, for tiles
+  using Element = bfloat16;
+  static constexpr bool both = false;
+  __device__ void fill(Shared<bfloat16>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
+    const int row = threadIdx.x / 4, at = threadIdx.x % 4;                 // a block a thread
+    if (tops) {                                                            // 32 values of 6 * 2^e make at most 6 * 2^(e + 2.5)
+      if (threadIdx.x < 4) s.bound[threadIdx.x] = -127;
+      __syncthreads();
+      int top = 0;
+      if (k0 + 32 * at < K)
+        for (int64_t i = row; i < (M + 63) / 64; i += SIDE) top = max(top, int(tops[i * (K / 32) + k0 / 32 + at]));
+      for (int i = 4; i < 32; i *= 2) top = max(top, __shfl_xor_sync(~0u, top, i));
+      if (threadIdx.x % 32 < 4) atomicMax(&s.bound[at], top - 127 + 3);
+    }
+    const bool inside = m0 + row < M && k0 + 32 * at < K;
+    const int64_t block = ((m0 + row) * K + k0) / 32 + at;
+    const uint4 q = inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0);
+    const uint32_t word[4] = {q.x, q.y, q.z, q.w};
+    const __nv_bfloat162 scale = __float2bfloat162_rn(inside ? scale_of(scales[block]) : 0);
+    UNROLL for (int j = 0; j < 4; j++) {
+      const uint2 a = bfloats(word[j]), b = bfloats(word[j] >> 16);
+      uint32_t out[4] = {a.x, a.y, b.x, b.y};
+      UNROLL for (int n = 0; n < 4; n++) {
+        __nv_bfloat162 two;
+        memcpy(&two, &out[n], 4), two = __hmul2(two, scale), memcpy(&out[n], &two, 4);
+      }
+      *reinterpret_cast<uint4*>(&s.x[row][32 * at + 8 * j]) = make_uint4(out[0], out[1], out[2], out[3]);
+    }
+  }
+};
+
+template <class Source, bool tiles, bool random>
+__global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
+                                                                   Operand rows, Operand columns) {
+  using T = typename Source::Element;
+  extern __shared__ __align__(16) uint8_t memory[];
+  Shared<T>& s = *reinterpret_cast<Shared<T>*>(memory);
+  const int64_t m0 = int64_t(blockIdx.x) * SIDE, k0 = int64_t(blockIdx.y) * SIDE;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t signs = uint32_t(*how.signs);
+  source.fill(s, M, K, m0, k0);
+  spread_signs(signs, how.signs_after, tiles, s);
+  __syncthreads();
+  Vector v;
+  if constexpr (Source::both) {
+    const int line = warp % 4 * 32 + lane, part = warp / 4;
+    load(&s.x[line][32 * part], v, s.pair);
+    quantize<tiles ? Format::left : Format::packed, random>(v, line, part, m0, k0, seeds[0], 0, s.exponents[0], rows, s);
+  }
+  const int line = warp / 4 * 32 + lane, part = warp % 4;
+  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(s.x[32 * part + i][line], s.row[i]);
+  constexpr Format format = !tiles ? Format::packed : Source::both ? Format::left : Format::right;
+  quantize<format, random>(v, line, part, k0, m0, seeds[Source::both], s.bound[line / 32], s.exponents[1], columns, s);
+}
+
+// the largest scale byte of each column of blocks, 64 rows at a time
+__global__ void tops_kernel(const uint8_t* __restrict__ scales, int64_t M, int64_t blocks, uint8_t* __restrict__ tops) {
+  const int64_t column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x, row = int64_t(blockIdx.x) * 64;
+  if (column >= blocks) return;
+  int top = 0;
+#pragma unroll 16
+  for (int i = 0; i < 64; i++) {
+    const int byte = row + i < M ? scales[(row + i) * blocks + column] : 0;
+    top = max(top, byte == 255 ? 0 : byte);
+  }
+  tops[blockIdx.x * blocks + column] = top;
+}
+
+// ---- packed -> values; the basis of a gradient
 
 template <class T>
 __global__ void dequantize_kernel(const uint8_t* codes, const uint8_t* scales, int64_t blocks, T* x) {
@@ -170,91 +298,64 @@ __global__ void dequantize_kernel(const uint8_t* codes, const uint8_t* scales, i
   const float s = scale_of(scales[block]);
   const uint4 q = reinterpret_cast<const uint4*>(codes)[block];
   const uint32_t word[4] = {q.x, q.y, q.z, q.w};
-  Block<1> v;
+  Vector v;
   UNROLL for (int i = 0; i < 32; i++) v[i][0] = value(word[i / 8] >> 4 * (i % 8) & 15) * s;
   store(x + 32 * block, v);
 }
 
 template <class T, class U>
-__global__ void unrotate_kernel(const T* d, const int32_t* mask, int64_t blocks, U* x) {
+__global__ void unrotate_kernel(const T* __restrict__ d, const int32_t* __restrict__ mask, int64_t blocks, U* __restrict__ x) {
   const int64_t block = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (block >= blocks) return;
-  Block<1> v;
+  Vector v;
   load(d + 32 * block, v);
-  const uint32_t inside = mask[block];
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] *= inside >> i & 1 ? 1.f : 0.f;   // not a selection: NaN * 0 stays NaN
-  hadamard(v);
+  unrotate(v, mask[block]);
   store(x + 32 * block, v);
-}
-
-// A row's largest block exponent goes into the row's scale; what is left, 2^s * E2M1, is E4M3 without rounding for s in
-// [-8, 6]. Blocks more than 14 octaves below the largest round. A CUDA block takes a row
-__global__ void fold_kernel(const uint8_t* codes, const uint8_t* scales, int64_t K, float alpha, uint8_t* fp8, float* row_scales) {
-  __shared__ int top;
-  const int64_t first = int64_t(blockIdx.x) * (K / 32), end = first + K / 32;
-  if (threadIdx.x == 0) top = 0;
-  __syncthreads();
-  for (int64_t b = first + threadIdx.x; b < end; b += blockDim.x) {
-    const uint4 q = reinterpret_cast<const uint4*>(codes)[b];
-    const bool zero = ((q.x | q.y | q.z | q.w) & 0x77777777u) == 0;        // its scale byte says nothing
-    if (scales[b] != 255 && !zero) atomicMax(&top, scales[b]);
-  }
-  __syncthreads();
-  for (int64_t b = first + threadIdx.x; b < end; b += blockDim.x) {
-    const uint4 q = reinterpret_cast<const uint4*>(codes)[b];
-    const uint32_t word[4] = {q.x, q.y, q.z, q.w};
-    const float s = scales[b] == 255 ? scale_of(255) : pow2(clamp_exponent(min(scales[b] - top, 0) + 6));
-    uint32_t out[8];
-    UNROLL for (int i = 0; i < 8; i++) {
-      const auto v = [&](int j) { return value(word[i / 2] >> 4 * (4 * (i % 2) + j) & 15) * s; };
-      out[i] = __nv_cvt_float2_to_fp8x2(make_float2(v(0), v(1)), __NV_SATFINITE, __NV_E4M3) |
-               uint32_t(__nv_cvt_float2_to_fp8x2(make_float2(v(2), v(3)), __NV_SATFINITE, __NV_E4M3)) << 16;
-    }
-    reinterpret_cast<uint4*>(fp8)[2 * b] = make_uint4(out[0], out[1], out[2], out[3]);
-    reinterpret_cast<uint4*>(fp8)[2 * b + 1] = make_uint4(out[4], out[5], out[6], out[7]);
-  }
-  if (threadIdx.x == 0) row_scales[blockIdx.x] = ldexpf(alpha, top - 127 - 6);
 }
 
 // ---- launches
 
-template <class F> void typed(Values x, F f) { x.bf16 ? f((bfloat16*)x.data) : f((float*)x.data); }
 unsigned groups(int64_t n, int64_t size) { return unsigned((n + size - 1) / size); }
 
-void quantize_forward(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask, void* stream) {
+void quantize_forward(Values x, int64_t M, int64_t K, bool up, uint8_t* codes, uint8_t* scales, int32_t* mask, void* stream) {
   const int64_t blocks = M * K / 32;
-  if (!blocks) return;
-  typed(x, [=](auto* x) { forward_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(x, blocks, nearest, codes, scales, mask); });
-}
-
-void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
-                       uint8_t* codes, uint8_t* scales, uint8_t* codes_t, uint8_t* scales_t, void* stream) {
-  const dim3 grid(groups(M, 32), groups(K, TILE));
-  if (!M || !K) return;
-  typed(x, [=](auto* x) {
-    using T = std::remove_pointer_t<decltype(x)>;
-    auto kernel = how.stochastic ? backward_kernel<T, true> : backward_kernel<T, false>;
-    kernel<<<grid, THREADS, 0, (cudaStream_t)stream>>>(x, M, K, how, seeds, codes, scales, codes_t, scales_t);
+  if (blocks) typed(x, [=](auto* x) {
+    forward_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(x, blocks, up, codes, scales, mask);
   });
 }
 
-void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                uint8_t* codes_t, uint8_t* scales_t, void* stream) {
+template <class Source>
+void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds, Operand rows, Operand columns, void* stream) {
   if (!M || !K) return;
-  auto kernel = how.stochastic ? requantize_kernel<true> : requantize_kernel<false>;
-  kernel<<<dim3(groups(M, 32), groups(K, TILE)), THREADS, 0, (cudaStream_t)stream>>>(codes, scales, M, K, how, seed, codes_t, scales_t);
+  const auto kernel = how.tiles ? how.stochastic ? backward_kernel<Source, true, true> : backward_kernel<Source, true, false>
+                                : how.stochastic ? backward_kernel<Source, false, true> : backward_kernel<Source, false, false>;
+  const int bytes = sizeof(Shared<typename Source::Element>);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<dim3(groups(M, SIDE), groups(K, SIDE)), TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
+}
+
+void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
+                       void* values, void* scales, void* values_t, void* scales_t, void* stream) {
+  const Operand rows = {values, scales, M, K / 32}, columns = {values_t, scales_t, K, (M + 31) / 32};
+  typed(x, [=](auto* x) { backward(Matrix<std::remove_pointer_t<decltype(x)>>{x}, M, K, how, seeds, rows, columns, stream); });
+}
+
+void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
+                uint8_t* tops, void* values_t, void* scales_t, void* stream) {
+  if (tops && M && K) tops_kernel<<<dim3(groups(M, 64), groups(K / 32, 128)), 128, 0, (cudaStream_t)stream>>>(scales, M, K / 32, tops);
+  backward(PackedMatrix{codes, scales, tops}, M, K, how, seed, {}, {values_t, scales_t, K, (M + 31) / 32}, stream);
 }
 
 void dequantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream) {
   const int64_t blocks = M * K / 32;
-  if (!blocks) return;
-  typed(x, [=](auto* x) { dequantize_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(codes, scales, blocks, x); });
+  if (blocks) typed(x, [=](auto* x) {
+    dequantize_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(codes, scales, blocks, x);
+  });
 }
 
 void unrotate(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream) {
   const int64_t blocks = M * K / 32;
-  if (!blocks) return;
-  typed(d, [=](auto* d) { typed(x, [=](auto* x) {
+  if (blocks) typed(d, [=](auto* d) { typed(x, [=](auto* x) {
     unrotate_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(d, mask, blocks, x);
   }); });
 }
@@ -263,6 +364,7 @@ void unrotate(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, voi
 
 const Ops cuda = {quantize_forward, quantize_backward, requantize, dequantize, unrotate};
 
-void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha, uint8_t* fp8, float* row_scales, void* stream) {
-  if (M) fold_kernel<<<unsigned(M), 128, 0, (cudaStream_t)stream>>>(codes, scales, K, alpha, fp8, row_scales);
+const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

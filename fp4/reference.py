@@ -57,7 +57,7 @@ def round_stochastic(u, noise):
     a, grid = u.abs(), torch.tensor(E2M1, device=u.device)
     lo = sum((a >= m).int() for m in E2M1[1:7])
     p = (a - grid[lo]) / (grid[lo + 1] - grid[lo])
-    return lo + (p > (noise + .5) / 256) + 8 * torch.signbit(u)
+    return lo + (p >= (255.5 - noise) / 256) + 8 * torch.signbit(u)
 
 def philox(seed, n):
     """[n, 4] words: Philox4x32-10 (Salmon et al., SC'11), key = the 64-bit seed, counter = 0 .. n-1"""
@@ -122,14 +122,16 @@ def absmax(x, signs, seed, stochastic, signs_after):
     code = round_stochastic(u, noise(seed, u.numel()).view_as(u)) if stochastic else round_nearest(u)
     return pack(torch.where(largest == 0, 0, code), e, largest.isfinite())
 
-def quantize_backward(x, signs, seeds, stochastic, signs_after):
+def quantize_backward(x, signs, seeds, stochastic, signs_after, tiles=False):
     """x [M, K] -> packed [M, K], and packed x.T [K, M] with M padded with zeros to a multiple of 32.
     signs int64 [1]: 32 sign bits; seeds int64 [2]: of the one and of the other"""
+    check(not tiles, "FP8 tiles are for the kernels of a Hopper GPU (tiles.cuh)")
     xt = F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T
     return *absmax(x, signs, seeds[0], stochastic, signs_after), *absmax(xt, signs, seeds[1], stochastic, signs_after)
 
-def requantize(codes, scales, signs, seed, stochastic, signs_after):
+def requantize(codes, scales, signs, seed, stochastic, signs_after, tiles=False):
     """packed [M, K] -> packed transpose [K, M], as quantize_backward makes it; seed int64 [1]"""
+    check(not tiles, "FP8 tiles are for the kernels of a Hopper GPU (tiles.cuh)")
     x = dequantize(codes, scales, torch.float32)
     return absmax(F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T, signs, seed, stochastic, signs_after)
 
@@ -146,5 +148,4 @@ def unrotate(d, mask, dtype):
 
 def draw(dy, x, n):
     """fresh random signs int64 [1] and n seeds int64 [n] from torch's generator of dy's device; x is not read"""
-    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (n + 1,), device=dy.device)
-    return random[:1].clone(), random[1:].clone()
+    return tuple(torch.randint(-2 ** 63, 2 ** 63 - 1, (m,), device=dy.device) for m in (1, n))

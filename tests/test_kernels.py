@@ -1,7 +1,7 @@
 """The compiled ops give the bytes of fp4/reference.py, on ugly shapes and ugly values."""
 import pytest, torch
 import fp4
-from fp4 import reference
+from fp4 import product, reference
 
 HOW = fp4.build()
 ops = torch.ops.fp4
@@ -61,7 +61,62 @@ def test_each_op_gives_the_bytes_of_the_definition(x, device):
         check("unrotate", x, mask, dtype)
 
 
-@pytest.mark.parametrize("M, N, K", [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096)])
+def tiles_of(codes, scales, bound=None):
+    """the definition of tiles.cuh: packed -> FP8 tiles and their scales, and how many blocks fell out of the window. Without
+    a bound for the exponents of each row [M] it is a left operand"""
+    (M, K), pad = (codes.shape[0], 2 * codes.shape[1]), torch.nn.functional.pad
+    x = pad(reference.dequantize(codes, scales, torch.float64), (0, -K % 128, 0, -M % 128)).unflatten(-1, (-1, 4, 32))
+    e = pad(scales.int(), (0, -K % 128 // 32, 0, -M % 128)).unflatten(-1, (-1, 4)) - 127        # [M, K/128, 4]
+    counts = x.abs().amax(-1).gt(0) & x.isfinite().all(-1)
+    largest = torch.where(counts, e, -999).amax(-1) if bound is None else pad(bound, (0, -M % 128), value=-999)[:, None].expand(e.shape[:2])
+    s, octaves, dtype = (6, 15, torch.float8_e4m3fn) if bound is None else (13, 29, torch.float8_e5m2)
+    top = largest.clamp_min(-112)
+    fp8 = (x / reference.pow2(top - s).double()[..., None, None]).float().to(dtype).flatten(-2).view(torch.uint8)
+    chunks = fp8.unflatten(0, (-1, 128)).transpose(1, 2).unflatten(-1, (8, 16))                 # [M/128, K/128, 128, 8, 16]
+    where = (torch.arange(128)[:, None] & 7) ^ torch.arange(8)
+    swizzled = chunks.gather(3, where[..., None].expand(chunks.shape))
+    top = (top if bound is None else top[:, :1]).unflatten(0, (-1, 128)).transpose(1, 2)
+    return swizzled.flatten(2), reference.pow2(top - s).contiguous(), int((counts & (e <= largest[..., None] - octaves)).sum())
+
+
+def bounds(scales):
+    "of the exponents of a right operand's rows: packed, and transposed"
+    e = torch.where(scales == 255, 0, scales.int()) - 127
+    return e.amax(1), e.amax(0).repeat_interleave(32) + 3
+
+
+def same_tiles(got, want):
+    "equal values, -0 equals 0; any NaN is a NaN"
+    dtype = torch.float8_e4m3fn if got[1].shape[1] == got[0].shape[1] and want[3] else torch.float8_e5m2
+    a, b = (t.cpu().view(dtype).float() + 0. for t in (got[0], want[0]))
+    same([a], [b])
+    same([got[1].cpu()], [want[1]])
+
+
+def left(packed): return *tiles_of(*packed), True
+def right(packed, bound): return *tiles_of(*packed, bound), False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_operands_in_fp8_tiles_are_the_packed_ones_exactly(x):
+    if not product.TILES: pytest.skip("no gemm_sm90.cu on this GPU")
+    packed = reference.quantize_forward(x, "floor")[:2]
+    signs, seeds = reference.draw(x, x, 3)
+    on_gpu = lambda *tensors: [t.cuda() for t in tensors]
+    column = bounds(packed[1])[1]
+    for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
+        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, True), reference.quantize_backward(x, signs, seeds[:2], *how)
+        same_tiles(got[:2], left(want[:2]))
+        same_tiles(got[2:], left(want[2:]))
+        transposed = reference.requantize(*packed, signs, seeds[2:], *how)
+        same_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, True), right(transposed, column))
+        a_value = reference.dequantize(*transposed, torch.float32).unflatten(-1, (-1, 32)).abs().amax(-1) > 0   # NaN is not
+        assert (transposed[1].int() - 127 <= column[:, None])[a_value].all()
+
+
+PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
+
+@pytest.mark.parametrize("M, N, K", PRODUCTS)
 @pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, dtype, ulp, device):
@@ -73,16 +128,50 @@ def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, 
     assert (got - exact).abs().le(K * 2 ** -24 * size + ulp * exact.abs()).all()
 
 
+@pytest.mark.parametrize("M, N, K", PRODUCTS)
+@pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, device):
+    torch.manual_seed(K)
+    (a, b), mask = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N)), torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int()
+    operands = [t.to(device) for t in (*a, *b)]
+    if device == "cuda" and product.TILES: operands = [t.cuda() for t in (*tiles_of(*a)[:2], *tiles_of(*b, bounds(b[1])[0])[:2])]
+    got = ops.gemm_unrotate(*operands, mask.to(device), 16 / 9, dtype).cpu().double()
+    exact = reference.unrotate(reference.gemm(*a, *b, 16 / 9, torch.float32), mask, torch.float32).double()
+    size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
+    size = size.unflatten(-1, (-1, 32)).sum(-1, True).expand(M, N // 32, 32).flatten(-2) * 32 ** -.5
+    assert (got - exact).abs().le((K + 8) * 2 ** -24 * size + ulp * exact.abs()).all()
+    assert not torch.allclose(got, reference.unrotate(reference.gemm(*a, *b, 16 / 9, torch.float32), ~mask, torch.float32).double(), atol=.1 * exact.std())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_scale_makes_the_row_of_the_product_nan_and_no_other(device):
+    a, b = (reference.quantize_forward(torch.randn(rows, 256), "floor")[:2] for rows in (200, 64))
+    a[1][7, 3] = 255
+    got = ops.gemm(*(t.to(device) for t in (*a, *b)), 1.0, torch.float32).cpu()
+    assert got[7].isnan().all() and got.isnan().sum() == 64
+
+
+def test_the_windows_of_the_fp8_tiles_hold_15_and_29_octaves():
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (50, 512), dtype=torch.uint8)
+    for octaves, lost in ((15, 0), (16, 1)):
+        scales = (torch.randint(16, 190, (50, 1)) + torch.randint(0, octaves, (50, 32))).to(torch.uint8)
+        assert min(tiles_of(codes, scales)[2], 1) <= lost and min(tiles_of(codes, scales, bounds(scales)[0])[2], 1) == 0
+    assert tiles_of(codes, scales, bounds(scales)[0] + 20)[2] > 0               # the counter counts
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_folding_into_fp8_changes_no_value_within_15_octaves():
     torch.manual_seed(0)
-    codes = torch.randint(0, 256, (50, 512), dtype=torch.uint8)
-    scales = torch.randint(0, 225, (50, 1)) + torch.randint(0, 15, (50, 32))
-    scales[:, 3], codes[:, 48:64] = 254, 0                      # a zero block's scale does not count
-    codes[:, 64], scales[:, 4] = 7, scales.amin(1)              # nor is it lost at the lower end
-    codes, scales = codes.cuda(), scales.to(torch.uint8).cuda()
-    fp8, rows = ops.fold(codes, scales, 1.0)
-    assert torch.equal(fp8.double() * rows.double(), ops.dequantize(codes, scales, torch.float32).double())
+    for K in (1024, 8192):
+        codes = torch.randint(0, 256, (50, K // 2), dtype=torch.uint8)
+        scales = torch.randint(16, 190, (50, 1)) + torch.randint(0, 15, (50, K // 32))
+        scales[:, 3], codes[:, 48:64] = 254, 0                  # a zero block's scale does not count
+        codes[:, 64], scales[:, 4] = 7, scales.amin(1)          # nothing is lost at the lower end
+        codes, scales = codes.cuda(), scales.to(torch.uint8).cuda()
+        fp8, rows = ops.fold(codes, scales, 1.0)
+        assert torch.equal(fp8.double() * rows.double(), ops.dequantize(codes, scales, torch.float32).double())
 
 
 def test_an_op_takes_no_matrix_it_would_misread():

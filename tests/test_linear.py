@@ -31,7 +31,8 @@ def test_gradients_are_autograds_when_the_quantiser_is_the_identity(monkeypatch)
         quantize_forward=lambda x, scale: (H(x), none, torch.ones_like(x)), draw=ops.draw,
         quantize_backward=lambda x, signs, seeds, *how: (Q(x, signs), none, Q(x.T, signs), none),
         requantize=lambda x, s, signs, seed, *how: (Q(x.T, signs), none),
-        gemm=lambda a, sa, b, sb, alpha, dtype: alpha * a @ b.T, unrotate=lambda d, mask, dtype: H(d * mask)))
+        gemm=lambda a, sa, b, sb, alpha, dtype: alpha * a @ b.T,
+        gemm_unrotate=lambda a, sa, b, sb, mask, alpha, dtype: H(alpha * a @ b.T * mask)))
     layer, x, dy = layer_and_input()
     layer, x, dy = layer.double(), x.detach().double().requires_grad_(), dy.double()
     dx, dw = gradients(layer, x, dy)
@@ -133,7 +134,7 @@ def test_a_weight_is_quantised_once_per_optimizer_step_not_per_microbatch(monkey
     optimizer = torch.optim.SGD(layer.parameters(), lr=.1)
     calls = []
     def counted(t, scale): calls.append(tuple(t.shape)); return torch.ops.fp4.quantize_forward(t, scale)
-    proxy = types.SimpleNamespace(**{n: getattr(ops, n) for n in ("gemm", "draw", "quantize_backward", "requantize", "unrotate")}, quantize_forward=counted)
+    proxy = types.SimpleNamespace(**{n: getattr(ops, n) for n in ("gemm", "draw", "quantize_backward", "requantize", "gemm_unrotate")}, quantize_forward=counted)
     monkeypatch.setattr(linear, "ops", proxy)
     fp4.quantize_weights_after(optimizer, layer)
     for _ in range(3):

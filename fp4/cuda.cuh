@@ -1,0 +1,63 @@
+/*
+A block of 32 on its way between memory and the registers of one thread.
+*/
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include "mxfp4.cuh"
+
+using namespace mxfp4;
+using Vector = Block<1>;                                                   // v[i][0]
+
+// ---- 32 values of memory <-> registers, 16 bytes at a time. `flip` has the sign bits to change: bits 15 and 31 of word
+// j are for values 2j and 2j + 1
+
+__device__ inline void unpack(uint32_t pair, float& a, float& b) { a = float_of(pair << 16), b = float_of(pair & 0xFFFF0000u); }
+
+__device__ inline void load(const bfloat16* x, Vector& v, const uint32_t* flip = nullptr) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    uint4 q = reinterpret_cast<const uint4*>(x)[i];
+    if (flip) q.x ^= flip[4 * i], q.y ^= flip[4 * i + 1], q.z ^= flip[4 * i + 2], q.w ^= flip[4 * i + 3];
+    unpack(q.x, v[8 * i][0], v[8 * i + 1][0]), unpack(q.y, v[8 * i + 2][0], v[8 * i + 3][0]);
+    unpack(q.z, v[8 * i + 4][0], v[8 * i + 5][0]), unpack(q.w, v[8 * i + 6][0], v[8 * i + 7][0]);
+  }
+}
+
+__device__ inline float flipped(float x, uint32_t sign) { return float_of(bits_of(x) ^ (sign & 0x80000000u)); }
+
+__device__ inline void load(const float* x, Vector& v, const uint32_t* flip = nullptr) {
+  UNROLL for (int i = 0; i < 8; i++) {
+    const float4 q = reinterpret_cast<const float4*>(x)[i];
+    const uint32_t s[2] = {flip ? flip[2 * i] : 0, flip ? flip[2 * i + 1] : 0};
+    v[4 * i][0] = flipped(q.x, s[0] << 16), v[4 * i + 1][0] = flipped(q.y, s[0]);
+    v[4 * i + 2][0] = flipped(q.z, s[1] << 16), v[4 * i + 3][0] = flipped(q.w, s[1]);
+  }
+}
+
+__device__ inline uint32_t bfloat2(float a, float b) { const __nv_bfloat162 h = __floats2bfloat162_rn(a, b); uint32_t u; memcpy(&u, &h, 4); return u; }
+// four values -> E4M3 or E5M2
+template <bool e5m2> __device__ uint32_t fp8x4(float a, float b, float c, float d) {
+  constexpr __nv_fp8_interpretation_t kind = e5m2 ? __NV_E5M2 : __NV_E4M3;
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kind) |
+         uint32_t(__nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kind)) << 16;
+}
+
+__device__ inline void store(float* x, const Vector& v) {
+  UNROLL for (int i = 0; i < 8; i++)
+    reinterpret_cast<float4*>(x)[i] = make_float4(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
+}
+
+__device__ inline void store(bfloat16* x, const Vector& v) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    uint32_t q[4];
+    UNROLL for (int j = 0; j < 4; j++) q[j] = bfloat2(v[8 * i + 2 * j][0], v[8 * i + 2 * j + 1][0]);
+    reinterpret_cast<uint4*>(x)[i] = make_uint4(q[0], q[1], q[2], q[3]);
+  }
+}
+
+// a gradient back from the rotated basis: what clipped there gets none. A product, not a selection: NaN * 0 stays NaN
+__device__ inline void unrotate(Vector& v, uint32_t inside) {
+  UNROLL for (int i = 0; i < 32; i++)
+    if (!(inside >> i & 1)) v[i][0] *= 0;
+  hadamard(v);
+}

@@ -1,0 +1,113 @@
+"""What only a GPU can get wrong: streams, graphs, devices, launches; and what falls out of FP8's window in a real run."""
+import types
+import pytest, torch
+import fp4, quartet
+from data import tokens
+from fp4 import linear, product, reference
+from test_kernels import bounds, tiles_of
+
+ops = torch.ops.fp4
+fp4.build()
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def quantised(x): return ops.quantize_backward(x, *ops.draw(x, x, 2), False, True)
+
+
+@gpu
+def test_an_op_runs_on_the_current_stream():
+    x, side = torch.zeros(4096, 4096, device="cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)                           # the other stream would be long done
+        x += torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).cuda()
+        got = ops.quantize_forward(x, "floor")
+    side.synchronize()
+    for a, b in zip(got, ops.quantize_forward(x, "floor")): assert torch.equal(a, b)
+    assert got[0].any()
+
+
+@gpu
+def test_two_tensors_of_one_shape_do_not_meet():
+    x, y = (torch.randn(1000, 544, device="cuda") for _ in range(2))
+    alone, pair = ops.quantize_forward(x, "floor"), [ops.quantize_forward(t, "floor") for t in (x, y, x)]
+    for a, b, c in zip(alone, *pair[::2]): assert torch.equal(a, b) and torch.equal(a, c)
+    assert not torch.equal(pair[0][0], pair[1][0])
+
+
+@gpu
+def test_a_layer_can_be_captured_in_a_cuda_graph_and_draws_fresh_signs_at_each_replay():
+    layer = fp4.Linear(256, 384, "fp4").cuda()
+    layer.quantize_weight()
+    x, dy = torch.randn(200, 256, device="cuda", requires_grad=True), torch.randn(200, 384, device="cuda")
+    def step(): return layer(x), *torch.autograd.grad(layer(x), (x, layer.weight), dy)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side): step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): y, dx, dw = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append([t.clone() for t in (y, dx, dw)])
+    assert torch.equal(seen[0][0], layer(x)) and torch.equal(seen[0][0], seen[2][0])
+    assert not torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[1][2], seen[2][2])
+    exact = dy @ layer.weight
+    for _, dx, _ in seen: assert torch.nn.functional.cosine_similarity(dx.flatten(), exact.flatten(), 0) > .9
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+def test_an_op_runs_on_the_device_of_its_tensors_and_refuses_two_devices():
+    x = torch.randn(100, 544)
+    for a, b in zip(ops.quantize_forward(x.to("cuda:0"), "floor"), ops.quantize_forward(x.to("cuda:1"), "floor")):
+        assert b.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+    codes, scales, _ = ops.quantize_forward(x.to("cuda:0"), "floor")
+    with pytest.raises(RuntimeError, match="another device"): ops.dequantize(codes, scales.to("cuda:1"), torch.float32)
+
+
+@gpu
+def test_a_kernel_that_cannot_start_is_an_error_not_a_wrong_result():
+    x = torch.zeros(32, 128 * 65536, device="cuda", dtype=torch.bfloat16)      # one tile more than CUDA takes in y
+    with pytest.raises(RuntimeError, match="a kernel did not start"): quantised(x)
+    ops.quantize_forward(torch.randn(64, 64, device="cuda"), "floor")          # and the error is over
+
+
+def outside(codes, scales, bound=None, octaves=None):
+    "how many blocks of an operand round in FP8"
+    codes, scales = codes.cpu(), scales.cpu()
+    if octaves is None: return tiles_of(codes, scales, bound)[2]
+    e = torch.where(reference.dequantize(codes, scales, torch.float64).unflatten(-1, (-1, 32)).abs().amax(-1) > 0, scales.int(), -999)
+    return int(((e > -999) & (e <= e.amax(1, True) - octaves)).sum())
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_no_block_of_a_real_training_run_falls_out_of_the_window(device, monkeypatch):
+    "every operand of every product of a step, after a few steps on source code"
+    cfg = quartet.complete(quartet.Config(size="tiny", data="stdlib", device=device, steps=25, batch=4))
+    shards, _, vocab, _ = quartet.corpus(cfg)
+    model = quartet.build_model(cfg, vocab)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    fp4.quantize_weights_after(optimizer, model)
+    counted = []
+    def forward(x, scale):
+        codes, scales, mask = ops.quantize_forward(x, scale)
+        counted.append(("forward", outside(codes, scales, octaves=15), scales.numel()))
+        return codes, scales, mask
+    def backward(dy, signs, seeds, stochastic, after, tiles):
+        packed = ops.quantize_backward(dy, signs, seeds, stochastic, after, False)
+        for a in (packed[:2], packed[2:]): counted.append(("backward", outside(*a), a[1].numel()))
+        return ops.quantize_backward(dy, signs, seeds, stochastic, after, tiles)
+    def requantize(codes, scales, signs, seed, stochastic, after, tiles):
+        packed = ops.requantize(codes, scales, signs, seed, stochastic, after, False)
+        counted.append(("requantize", outside(*packed, bounds(scales.cpu())[1]), packed[1].numel()))
+        return ops.requantize(codes, scales, signs, seed, stochastic, after, tiles)
+    watched = dict(quantize_forward=forward, quantize_backward=backward, requantize=requantize)
+    spy = types.SimpleNamespace(**watched, **{n: getattr(ops, n) for n in ("gemm", "draw", "gemm_unrotate", "unrotate", "dequantize")})
+    for step in range(25):
+        if step == 24: monkeypatch.setattr(linear, "ops", spy)
+        x, y = quartet.to_device(tokens.batch(shards, step, 4, cfg.seq, 0, vocab), device)
+        model(x, y).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert {kind for kind, _, _ in counted} == set(watched.keys() - {"quantize_forward", "quantize_backward"}) | {"forward", "backward"}
+    assert sum(n for _, _, n in counted) > 100_000 and sum(n for _, n, _ in counted) == 0, counted
