@@ -29,7 +29,12 @@ for schema in (
 # differs from layer to layer, keeps the calls of two layers with one dy from being merged into one (both were seen)
 lib.define("draw(Tensor dy, Tensor x, int n) -> (Tensor signs, Tensor seeds)", tags=torch.Tag.nondeterministic_seeded)
 lib.impl("draw", reference.draw, "CompositeExplicitAutograd")
-# the product of a gradient's operands, masked and rotated back
+# two pairs that a kernel can do in one: x quantised, and its product with packed b; a gradient's product, masked and rotated back
+lib.define("quantize_gemm(Tensor x, str scale, Tensor b, Tensor b_scales) -> (Tensor y, Tensor codes, Tensor scales, Tensor mask)")
+def quantize_gemm(x, scale, b, b_scales):
+    codes, scales, mask = torch.ops.fp4.quantize_forward(x, scale)
+    return torch.ops.fp4.gemm(codes, scales, b, b_scales, 1.0, x.dtype), codes, scales, mask
+lib.impl("quantize_gemm", quantize_gemm, "CompositeExplicitAutograd")
 lib.define("gemm_unrotate(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor mask, float alpha, ScalarType dtype) -> Tensor")
 lib.impl("gemm_unrotate", lambda a, a_scales, b, b_scales, mask, alpha, dtype: torch.ops.fp4.unrotate(
     torch.ops.fp4.gemm(a, a_scales, b, b_scales, alpha, torch.float32), mask, dtype), "CompositeExplicitAutograd")
@@ -42,21 +47,24 @@ lib.define("fold(Tensor codes, Tensor scales, float alpha) -> (Tensor fp8, Tenso
 def packed(like, M, K):
     return like.new_empty(M, K // 2, dtype=torch.uint8), like.new_empty(M, K // 32, dtype=torch.uint8)
 
+def quantised(x): return *packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1] // 32, dtype=torch.int32)
+
 def padded(M): return (M + 31) // 32 * 32
 
 def operand(like, M, K, tiles, right=False):
     if not tiles: return packed(like, M, K)
     m, k = (M + 127) // 128, (K + 127) // 128
-    return like.new_empty(m, k, 128 * 128, dtype=torch.uint8), like.new_empty(m, 1 if right else k, 128, dtype=torch.float32)
+    return like.new_empty(m, k, 128 * 128, dtype=torch.uint8), like.new_empty(m, k, 4 if right else 128, dtype=torch.float32)
 
 for name, shapes in dict(
-    quantize_forward=lambda x, scale: (*packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1] // 32, dtype=torch.int32)),
+    quantize_forward=lambda x, scale: quantised(x),
     quantize_backward=lambda x, signs, seeds, stochastic, signs_after, tiles=False:
         (*operand(x, *x.shape, tiles), *operand(x, x.shape[1], padded(x.shape[0]), tiles)),
     requantize=lambda codes, scales, signs, seed, stochastic, signs_after, tiles=False:
         operand(codes, 2 * codes.shape[1], padded(codes.shape[0]), tiles, right=True),
     dequantize=lambda codes, scales, dtype: codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype),
     gemm=lambda a, a_scales, b, b_scales, alpha, dtype: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
+    quantize_gemm=lambda x, scale, b, b_scales: (x.new_empty(x.shape[0], b.shape[0]), *quantised(x)),
     gemm_unrotate=lambda a, a_scales, b, b_scales, mask, alpha, dtype: a.new_empty(mask.shape[0], 32 * mask.shape[1], dtype=dtype),
     unrotate=lambda d, mask, dtype: d.new_empty(d.shape, dtype=dtype),
     draw=lambda dy, x, n: (dy.new_empty(1, dtype=torch.int64), dy.new_empty(n, dtype=torch.int64)),

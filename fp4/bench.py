@@ -26,6 +26,7 @@ ROWS = [row for row in ("bf16", "fp8", "fp4", "fp4-sr") if row in fp4.RECIPES]
 SHAPES = [(16384, 4096, 4096), (16384, 11008, 4096), (16384, 4096, 11008), (32768, 2048, 2048), (32768, 640, 640)]
 WIDTHS = [(16384, width, width) for width in (512, 1024, 2048, 4096, 8192)]
 STEPS = {"tiny": (8, 256), "30M": (64, 512), "100M": (32, 512), "800M": (16, 512)}      # sequences, tokens
+SIDE_BY_SIDE = (("tiny", "30M", "100M"), ("800M",))             # what fits into 80 GB together
 VOCABULARY = 32000
 
 
@@ -132,14 +133,7 @@ def product(M, N, K, row):
 # ---- linears
 
 def linear(M, N, K, row):
-    layer = fp4.Linear(K, N, row).cuda()
-    fp4.quantize_weights_after(torch.optim.SGD(layer.parameters()), layer)      # as in training, before a microbatch
-    run = torch.compile(layer, fullgraph=True, dynamic=False)
-    normal = lambda n: torch.randn(M, n, device="cuda", dtype=torch.bfloat16)
-    pairs = [(normal(K).requires_grad_(), normal(N)) for _ in range(rotation(2 * M * (K + N)))]
-    def both(x, dy):
-        x.grad = layer.weight.grad = None
-        run(x).backward(dy)
+    run, both, pairs = layer_and_inputs(M, N, K, row)
     def forward_of_all():
         for x, _ in pairs: run(x)
     def both_of_all():
@@ -159,7 +153,46 @@ def each(measure, shapes, rows):
     return found
 
 
-# ---- training steps: one process a row. All compile side by side, then each is timed while the others wait
+def layer_and_inputs(M, N, K, row):
+    """a compiled layer, and its forward and backward pass on inputs that rotate"""
+    layer = fp4.Linear(K, N, row).cuda()
+    fp4.quantize_weights_after(torch.optim.SGD(layer.parameters()), layer)      # as in training, before a microbatch
+    run = torch.compile(layer, fullgraph=True, dynamic=False)
+    normal = lambda n: torch.randn(M, n, device="cuda", dtype=torch.bfloat16)
+    pairs = [(normal(K).requires_grad_(), normal(N)) for _ in range(rotation(2 * M * (K + N)))]
+    def both(x, dy):
+        x.grad = layer.weight.grad = None
+        run(x).backward(dy)
+    return run, both, pairs
+
+
+# a kernel's name -> what it is for, operations and bytes of memory it cannot do without
+PARTS = {
+    "forward_kernel":                ("quantise x", 0, lambda M, N, K: M * K * (2 + 17 / 32 + 1 / 8 + 33 / 32)),
+    "fold_":                         ("fold w into FP8", 0, lambda M, N, K: N * K * (17 / 32 + 1)),
+    "backward_kernel<Matrix":        ("quantise dy and dy.T", 0, lambda M, N, K: M * N * (2 + 2 * 33 / 32)),
+    "backward_kernel<PackedMatrix":  ("requantise x.T and w.T", 0, lambda M, N, K: (M + N) * K * (17 / 32 + 1)),
+    "gemm_kernel":                   ("three products, two un-rotations", 3, lambda M, N, K: 2 * M * (N + K) + 4 * N * K),
+}
+
+def where(M, N, K, rate, bandwidth):
+    """the parts of fp4's linear, in ms: what the GPU's counters say of each kernel, and what its operations at the FP8
+    product's rate (1/s) or its bytes at a copy's bandwidth (bytes/s) would take"""
+    run, both, pairs = layer_and_inputs(M, N, K, "fp4")
+    for pair in pairs: both(*pair)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for pair in pairs * 4: both(*pair)
+        torch.cuda.synchronize()
+    spent = {name: 0. for name, _, _ in PARTS.values()} | {"everything else": 0.}
+    for kernel in seen.key_averages():
+        name = kernel.key.replace("(anonymous namespace)::", "")
+        part = next((PARTS[key][0] for key in PARTS if key in name), "everything else")
+        spent[part] += kernel.self_device_time_total / 1000 / len(pairs * 4)
+    least = {name: max(1000 * 2 * products * M * N * K / rate, 1000 * count(M, N, K) / bandwidth) for name, products, count in PARTS.values()}
+    return [dict(name=name, ms=ms, least_ms=least.get(name)) for name, ms in spent.items()]
+
+
+# ---- training steps: one process a size and row. They compile side by side, then each is timed while the others wait
 
 def share(barrier, lock, cores):
     global compiled, turn
@@ -199,18 +232,19 @@ def timed_step(size, row):
         return dict(ms=1000 * s, tokens_per_s=B * T / s, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
 
 
-def side_by_side(size, rows):
-    context, n = multiprocessing.get_context("spawn"), len(rows)
+def side_by_side(jobs):
+    context, n = multiprocessing.get_context("spawn"), len(jobs)
     shared = context.Barrier(n), context.Lock(), max(1, os.cpu_count() // n)
     with concurrent.futures.ProcessPoolExecutor(n, context, share, shared) as pool:
-        return [future.result() for future in [pool.submit(fits, timed_step, size, row) for row in rows]]
+        return [future.result() for future in [pool.submit(fits, timed_step, *job) for job in jobs]]
 
 
 def steps(sizes):
     found = []
-    for size in sizes:
-        for row, times in zip(ROWS, side_by_side(size, ROWS)):
-            if not times: [times] = side_by_side(size, [row])   # it did not fit beside the others; does it alone?
+    for together in SIDE_BY_SIDE:
+        jobs = [(size, row) for size in together if size in sizes for row in ROWS]
+        for (size, row), times in zip(jobs, side_by_side(jobs) if jobs else []):
+            if not times: [times] = side_by_side([(size, row)])                 # it did not fit beside the others; does it alone?
             found.append(dict(size=size, row=row, **times))
             say(f"step {size} {row}, ms: {show(times.get('ms'), '.1f')}")
     return found
@@ -250,6 +284,10 @@ def numbers(s): return ", ".join(map(str, s))
 def kernel_table(found):
     return table(["kernel", "ms", "TB/s", "of a copy"],
                  [[k["name"], f"{k['ms']:.3f}", f"{k['terabytes_per_s']:.2f}", f"{k['of_copy']:.0%}"] for k in found])
+
+
+def where_table(found):
+    return table(["part", "ms", "at least"], [[part["name"], f"{part['ms']:.3f}", show(part["least_ms"], ".3f") if part["least_ms"] else ""] for part in found])
 
 
 def product_table(found):
@@ -308,6 +346,9 @@ def report(found):
         parts += ["One linear layer, milliseconds. Forward, backward and their sum are the GPU's time, replayed from a CUDA\n"
                   "graph: what the layer costs inside a compiled model. \"Called\" is the same layer called from Python,\n"
                   "where a narrow one waits for the host.", linear_table([e for e in linears if shape(e) in SHAPES])]
+    if "where" in found:
+        parts += [f"Where fp4's time goes at {numbers(SHAPES[0])}. At least: the operations at the rate of FP8's own product with fast\n"
+                  "accumulation, or the bytes at a copy's bandwidth, as measured in the tables at the end.", where_table(found["where"])]
     if squares(linears):
         parts += [f"Square layers, {WIDTHS[0][0]} tokens, the sum on the GPU.\n" +
                   "\n".join(break_even(linears, row) for row in ROWS[1:]), width_table(linears)]
@@ -357,6 +398,10 @@ def main(argv):
         start = time.perf_counter()
         found.update(parts[part]())
         say(f"{part} took {time.perf_counter() - start:.0f} s")
+    if not asked.only and "fp8" in products:
+        copy, eight = found["kernels"][0], next(e for e in found["products"] if e["row"] == "fp8" and shape(e) == SHAPES[0])
+        M, N, K = SHAPES[0]
+        found["where"] = where(M, N, K, 2 * M * N * K / eight["ms"] * 1000, copy["terabytes_per_s"] * 1e12)
     print(report(found))
     if asked.only or asked.quick: return 0
     write(RESULTS, json.dumps(found, indent=1))

@@ -44,6 +44,8 @@ void check_blocks(const Tensor& x) {
   CHECK(x.size(1) % 32 == 0, "the last dimension must be a multiple of 32, got ", x.size(1));
 }
 
+void check_scale(const std::string& scale) { CHECK(scale == "floor" || scale == "nearest", "scale must be floor or nearest, got ", scale); }
+
 void check_with(const Tensor& x, const Tensor& t, const char* name) {
   CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), name, " is on another device");
 }
@@ -95,7 +97,7 @@ struct Device {
 
 tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, std::string scale) {
   check_blocks(x);
-  CHECK(scale == "floor" || scale == "nearest", "scale must be floor or nearest, got ", scale);
+  check_scale(scale);
   const int64_t M = x.size(0), K = x.size(1);
   Tensor c = codes(x, M, K), s = scales(x, M, K), mask = empty(x, M, K / 32, ScalarType::Int);
   const Device on(x);
@@ -110,7 +112,7 @@ Operand operand(const Tensor& like, int64_t M, int64_t K, Format format) {
   if (format == Format::packed) return {codes(like, M, K), scales(like, M, K)};
   CHECK(like.is_cuda(), "FP8 tiles are for a GPU");
   const int64_t m = (M + 127) / 128, k = (K + 127) / 128;
-  return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, format == Format::left ? k : 1, 128}, ScalarType::Float)};
+  return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, k, format == Format::left ? 128 : 4}, ScalarType::Float)};
 }
 
 tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const Tensor& signs, const Tensor& seeds,
@@ -131,8 +133,7 @@ tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor&
   const int64_t M = c.size(0), K = 2 * c.size(1);
   const Operand columns = operand(c, K, padded(M), tiles ? Format::right : Format::packed);
   const Device on(c);
-  Tensor top = empty(c, tiles ? (M + 63) / 64 : 0, K / 32, ScalarType::Byte);
-  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic, tiles}, longs(seed), tiles ? bytes(top) : nullptr,
+  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic, tiles}, longs(seed),
                  columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
   return {columns.values, columns.scales};
 }
@@ -178,21 +179,57 @@ tuple<Tensor, Tensor> fold_packed(const Tensor& c, const Tensor& s, double alpha
 #endif
 
 #ifdef GEMM_SM90
+Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const int32_t* mask, double alpha, ScalarType dtype, const Device& on) {
+  const int64_t K = 128 * a.values.size(1);
+  const int splits = gemm_sm90_splits(M, N, K);
+  Tensor out = empty(a.values, M, N, dtype), partial = empty(a.values, splits > 1 ? splits * M : 0, N, ScalarType::Float);
+  gemm_sm90(bytes(a.values), (float*)a.scales.data_ptr(), bytes(b.values), (float*)b.scales.data_ptr(), M, N, K, float(alpha), mask,
+            (float*)partial.data_ptr(), splits, values(out), on.stream);
+  return out;
+}
+
+Operand folded(const Tensor& c, const Tensor& s, Format format, const Device& on) {
+  const Operand to = operand(c, c.size(0), 2 * c.size(1), format);
+  fold_tiles(bytes(c), bytes(s), c.size(0), 2 * c.size(1), format == Format::right, to.values.data_ptr(), (float*)to.scales.data_ptr(), on.stream);
+  return to;
+}
+
+void check_right(const Tensor& b, const Tensor& bs, const Tensor& a, int64_t K) {
+  check_packed(b, bs), check_with(a, b, "b");
+  CHECK(2 * b.size(1) == K, "the products' inner dimensions differ: ", K, " and ", 2 * b.size(1));
+  CHECK(b.size(0) % 8 == 0, "the rows of b must be a multiple of 8, got ", b.size(0));
+}
+
+// packed [M, K], [N, K] -> alpha * a @ b.T
+Tensor gemm_tiles(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
+  check_packed(a, as), check_right(b, bs, a, 2 * a.size(1));
+  const Device on(a);
+  return product(folded(a, as, Format::left, on), folded(b, bs, Format::right, on), a.size(0), b.size(0), nullptr, alpha, dtype, on);
+}
+
+// x [M, K], packed [N, K] -> x quantised @ b.T, and x quantised
+tuple<Tensor, Tensor, Tensor, Tensor> quantize_gemm(const Tensor& x, std::string scale, const Tensor& b, const Tensor& bs) {
+  const int64_t M = x.size(0), K = x.size(1);
+  check_blocks(x), check_scale(scale), check_right(b, bs, x, K);
+  Tensor c = codes(x, M, K), s = scales(x, M, K), mask = empty(x, M, K / 32, ScalarType::Int);
+  const Operand a = operand(x, M, K, Format::left);
+  const Device on(x);
+  quantize_forward_tiles(values(x), M, K, scale == "nearest", bytes(c), bytes(s), (int32_t*)mask.data_ptr(), a.values.data_ptr(),
+                         (float*)a.scales.data_ptr(), on.stream);
+  return {product(a, folded(b, bs, Format::right, on), M, b.size(0), nullptr, 1, x.scalar_type(), on), c, s, mask};
+}
+
 // tiles of [M, K], tiles of [N, K] -> alpha * a @ b.T, masked and un-rotated: [M, N] as the mask says
 Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, const Tensor& mask, double alpha, ScalarType dtype) {
   check_tensor(mask, "mask", 2, ScalarType::Int), check_tensor(a, "a", 3, ScalarType::Byte), check_tensor(as, "a_scales", 3, ScalarType::Float);
   check_tensor(b, "b", 3, ScalarType::Byte), check_tensor(bs, "b_scales", 3, ScalarType::Float);
   for (const Tensor* t : {&as, &b, &bs, &mask}) check_with(a, *t, "one of the operands");
   const int64_t M = mask.size(0), N = 32 * mask.size(1), depth = a.size(1);
-  const auto shaped = [](const Tensor& t, int64_t rows, int64_t k, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == k && t.size(2) == n; };
-  CHECK(shaped(a, M, depth, 128 * 128) && shaped(as, M, depth, 128) && shaped(b, N, depth, 128 * 128) && shaped(bs, N, 1, 128),
+  const auto shaped = [&](const Tensor& t, int64_t rows, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == depth && t.size(2) == n; };
+  CHECK(shaped(a, M, 128 * 128) && shaped(as, M, 128) && shaped(b, N, 128 * 128) && shaped(bs, N, 4),
         "the tiles of the operands do not match each other, or the mask's [", M, ", ", N, "]");
   const Device on(a);
-  const int splits = gemm_sm90_splits(M, N, 128 * depth);
-  Tensor out = empty(a, M, N, dtype), partial = empty(a, splits > 1 ? splits * M : 0, N, ScalarType::Float);
-  gemm_sm90(bytes(a), (float*)as.data_ptr(), bytes(b), (float*)bs.data_ptr(), M, N, 128 * depth, float(alpha), (int32_t*)mask.data_ptr(),
-            (float*)partial.data_ptr(), splits, values(out), on.stream);
-  return out;
+  return product({a, as}, {b, bs}, M, N, (int32_t*)mask.data_ptr(), alpha, dtype, on);
 }
 #endif
 
@@ -214,8 +251,10 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
   same_on_both(m);
-  m.impl("fold", TORCH_BOX(&fold_packed));                     // gemm is in product.py: a library multiplies
+  m.impl("fold", TORCH_BOX(&fold_packed));                     // for a library's gemm: product.py
 #ifdef GEMM_SM90
+  m.impl("gemm", TORCH_BOX(&gemm_tiles));
+  m.impl("quantize_gemm", TORCH_BOX(&quantize_gemm));
   m.impl("gemm_unrotate", TORCH_BOX(&gemm_unrotate));
 #endif
 }

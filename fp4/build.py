@@ -16,7 +16,7 @@ def build():
         if torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
             target, hopper = "{0}{1}".format(*capability), capability == (9, 0)
-            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu", "fold.cu"] + ["gemm_sm90.cu"] * hopper,
+            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu", "unrotate.cu", "fold.cu"] + ["gemm_sm90.cu"] * hopper,
                              ["-DUSE_CUDA"] + ["-DGEMM_SM90"] * hopper, target + "a" * hopper)
             how = f"quantize.cu and {product.choose(capability, lib)} on the GPU, cpu.cpp on the CPU"
         else:

@@ -129,7 +129,7 @@ void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64
 }
 
 void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                uint8_t*, void* codes_t, void* scales_t, void*) {
+                void* codes_t, void* scales_t, void*) {
   absmax_columns(M, K, how, seed[0], (uint8_t*)codes_t, (uint8_t*)scales_t, [=](int64_t row, int64_t k, float* v) {
     const int64_t at = row * K + k;                           // 16 values never cross a block
     const float s = scale_of(scales[at / 32]);

@@ -7,9 +7,8 @@ of the first warpgroup keeps three stages of shared memory filled, 128 of K each
 work side by side on 256 x 256: each copies half of A for both, or else the L2 cache would be the limit.
 
 Hopper's FP8 unit keeps 13 fractional bits of the largest addend, so it sums only 128 of K; then the partial sum is multiplied
-by the scale of its row of A (a power of two: exact) and added in FP32. While one warpgroup does that, the other's products
-run: they take turns at the tensor cores. B has one scale a row, which waits until the end: scales for both would double
-the instructions here, and they, not the products, are the limit.
+by the scales of its rows of A and B (powers of two: exact) and added in FP32. While one warpgroup does that, the other's
+products run: they take turns at the tensor cores.
 
 Before it is stored, a gradient is masked and rotated back (linear.py): outputs go through shared memory, where a thread
 finds a block of 32 neighbours. When there are too few tiles for the GPU, K is split, and a second kernel sums the parts, always
@@ -24,12 +23,18 @@ in the same order.
 
 namespace {
 
-constexpr int STAGES = 3, TILE_BYTES = SIDE * SIDE, THREADS = 384, PITCH = SIDE + 4;      // PITCH: 8 rows in different banks
+#ifndef NSTAGES
+#define NSTAGES 3
+#endif
+#ifndef TURN
+#define TURN 0
+#endif
+constexpr int STAGES = NSTAGES, TILE_BYTES = SIDE * SIDE, THREADS = 384, PITCH = 36;
 
 struct Shared {
   uint8_t a[STAGES][2][TILE_BYTES], b[STAGES][TILE_BYTES];                // 1024-byte aligned
-  float a_scales[STAGES][2][SIDE];
-  float out[2][64][PITCH], columns[2][SIDE];                              // half of a warpgroup's output; the columns' scales
+  float a_scales[STAGES][2][SIDE], b_scales[STAGES][4];
+  float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32, in different banks
   uint64_t full[STAGES], empty[STAGES];
 };
 
@@ -70,21 +75,22 @@ __device__ void cluster_sync() {
                "barrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// how wgmma finds a swizzled tile: address / 16, 1024 bytes from one group of 8 rows to the next, 128-byte swizzle
-__device__ uint64_t descriptor(const void* p) { return uint64_t(address(p) >> 4) | 1ull << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62; }
+// how wgmma finds a swizzled tile: address / 16 (and, constant, 1024 bytes from one group of 8 rows to the next, 128-byte swizzle)
+__device__ uint32_t descriptor(const void* p) { return address(p) >> 4 | 1 << 16; }
 
 // c [64 x 128] (+)= a [64 x 32] b [128 x 32].T, by the 128 threads of a warpgroup: thread t has row 16 (t / 32) + t % 32 / 4
 // and the row 8 below, columns 8 j + 2 (t % 4) and the next: c[4 j .. 4 j + 3]
-__device__ void wgmma(float (&c)[64], uint64_t a, uint64_t b, bool add) {
+template <bool add> __device__ void wgmma(float (&c)[64], uint32_t a, uint32_t b) {
 #define C(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-  asm volatile("{ .reg .pred add;\n"
-               "setp.ne.b32 add, %66, 0;\n"
+  asm volatile("{ .reg .b64 a, b;\n"
+               "mov.b64 a, {%64, 0x40000040};\n"
+               "mov.b64 b, {%65, 0x40000040};\n"
                "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e5m2 {"
                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
                "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "
                "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-               "%64, %65, add, 1, 1; }"
-               : C(0), C(8), C(16), C(24), C(32), C(40), C(48), C(56) : "l"(a), "l"(b), "r"(int(add)));
+               "a, b, %66, 1, 1; }"
+               : C(0), C(8), C(16), C(24), C(32), C(40), C(48), C(56) : "r"(a), "r"(b), "n"(int(add)));
 #undef C
 }
 
@@ -112,10 +118,10 @@ template <class T>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_kernel(const Problem p, T* out) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int group = threadIdx.x / 128, t = threadIdx.x % 128, rank = cluster_rank(), clusters = gridDim.x / 2;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), t = threadIdx.x % 128, rank = cluster_rank(), clusters = gridDim.x / 2;
   const int64_t all = int64_t(p.rows) * p.columns * p.splits;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) init(&s.full[i], 1), init(&s.empty[i], 4);
+    for (int i = 0; i < STAGES; i++) init(&s.full[i], 1), init(&s.empty[i], 16);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
@@ -131,10 +137,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         const int64_t a = int64_t(min(2 * w.m + rank, p.a_tiles - 1)) * p.depth, b = int64_t(min(2 * w.n + rank, p.b_tiles - 1)) * p.depth;
         for (int k = w.first; k < w.last; k++, next()) {
           wait(&s.empty[stage], phase ^ 1);
-          expect(&s.full[stage], 3 * TILE_BYTES + 2 * SIDE * 4);
+          expect(&s.full[stage], 3 * TILE_BYTES + 2 * SIDE * 4 + 16);
           copy_to_both(s.a[stage][rank], p.a + (a + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
           copy_to_both(s.a_scales[stage][rank], p.a_scales + (a + k) * SIDE, SIDE * 4, &s.full[stage]);
           copy(s.b[stage], p.b + (b + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
+          copy(s.b_scales[stage], p.b_scales + (b + k) * 4, 16, &s.full[stage]);
         }
       }
     __syncwarp();
@@ -143,68 +150,78 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");                   // ---- products
-  const int half = group - 1, row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
-  const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory"); };        // this warpgroup only
+  const int half = group - 1, lane = t % 32, row = t / 32 * 16 + lane / 4;
   const auto my_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(3 + half) : "memory"); };
   const auto your_turn = [&] { asm volatile("bar.arrive %0, 256;" ::"r"(4 - half) : "memory"); };
+  const uint32_t a_first = descriptor(s.a[0][half]), b_first = descriptor(s.b[0]);
+  float(*staged)[2][PITCH] = s.out[t / 32 + 4 * half];
   if (half == 1) your_turn();
   for (int64_t i = blockIdx.x / 2; i < all; i += clusters) {
     const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
-    const int64_t m0 = 256 * int64_t(w.m) + 128 * half, n0 = 256 * int64_t(w.n) + 128 * rank;
-    // what the end needs is on its way from now on: a column's scale, and the mask of the four blocks this thread will rotate
-    const float scale = p.alpha * p.b_scales[min(2 * w.n + rank, p.b_tiles - 1) * SIDE + t];
+    const int64_t m0 = 256 * int64_t(w.m) + 128 * half + t / 32 * 16, n0 = 256 * int64_t(w.n) + 128 * rank;        // of this warp
+    // the masks of the four blocks this thread will rotate are on their way from now on
     int32_t mask[2][2];
-    UNROLL for (int h = 0; h < 2; h++)
-      UNROLL for (int j = 0; j < 2; j++) {
-        const int64_t m = m0 + 64 * h + t % 64, n = n0 + 32 * (t / 64 + 2 * j);
-        mask[h][j] = p.mask && m < p.M && n < p.N ? p.mask[(m * p.N + n) / 32] : 0;
-      }
+    UNROLL for (int i = 0; i < 4; i++) {
+      const int64_t m = m0 + 64 * (i / 2) + lane / 2, n = n0 + 64 * (i % 2) + lane % 2 * 32;
+      mask[i / 2][i % 2] = p.mask && m < p.M && n < p.N ? p.mask[(m * p.N + n) / 32] : 0;
+    }
     float sum[2][64] = {};
-    for (int k = w.first; k < w.last; k++, next()) {
-      wait(&s.full[stage], phase);
-      const uint64_t a = descriptor(s.a[stage][half]), b = descriptor(s.b[stage]);
+    wait(&s.full[stage], phase);
+    for (int k = w.first; k < w.last; k++) {
+      const uint32_t a = a_first + stage * (2 * TILE_BYTES >> 4), b = b_first + stage * (TILE_BYTES >> 4);
+      const int now = stage;
       UNROLL for (int h = 0; h < 2; h++) {                                // rows 0 .. 63, then 64 .. 127
         float part[64];
-        const float a0 = s.a_scales[stage][half][64 * h + row], a1 = s.a_scales[stage][half][64 * h + row + 8];
+        float scale[2][4];                                                // of two rows and of 4 times 32 columns
+        UNROLL for (int j = 0; j < 8; j++) scale[j / 4][j % 4] = s.a_scales[now][half][64 * h + row + j / 4 * 8] * s.b_scales[now][j % 4];
         my_turn();
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        UNROLL for (int j = 0; j < 4; j++) wgmma(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4), j > 0);
+        wgmma<false>(part, a + (h * 64 * SIDE >> 4), b);
+        UNROLL for (int j = 1; j < 4; j++) {
+          if (TURN && j == 4 - TURN) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+          wgmma<true>(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4));
+        }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        your_turn();
+        if (!TURN) your_turn();
+        if (h == 1) {
+          next();
+          if (k + 1 < w.last) wait(&s.full[stage], phase);                // what comes next, while the products run
+        }
+        if (TURN) { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); your_turn(); }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (h == 1 && lane == 0) arrive(&s.empty[now]);
         UNROLL for (int j = 0; j < 64; j++) {
           asm volatile("" : "+f"(part[j]));                               // not before the wait
-          sum[h][j] = __fmaf_rn(part[j], j % 4 < 2 ? a0 : a1, sum[h][j]);
+          sum[h][j] = __fmaf_rn(part[j], scale[j / 2 % 2][j / 16], sum[h][j]);
         }
       }
-      meet();
-      if (t == 0) arrive(&s.empty[stage]);
     }
-    s.columns[half][t] = scale;
-    UNROLL for (int h = 0; h < 2; h++) {                                  // ---- 64 rows of output
-      float(*rows)[PITCH] = s.out[half];
-      meet();
-      UNROLL for (int j = 0; j < 16; j++) {
-        const float2 c = *reinterpret_cast<const float2*>(&s.columns[half][8 * j + column]);
-        *reinterpret_cast<float2*>(&rows[row][8 * j + column]) = make_float2(c.x * sum[h][4 * j], c.y * sum[h][4 * j + 1]);
-        *reinterpret_cast<float2*>(&rows[row + 8][8 * j + column]) = make_float2(c.x * sum[h][4 * j + 2], c.y * sum[h][4 * j + 3]);
+#ifndef NOEPI
+    UNROLL for (int h = 0; h < 2; h++)                                    // ---- a warp: 16 rows of output, 64 columns at a time
+      UNROLL for (int c = 0; c < 2; c++) {
+        UNROLL for (int j = 0; j < 8; j++)
+          UNROLL for (int r = 0; r < 2; r++)
+            *reinterpret_cast<float2*>(&staged[lane / 4 + 8 * r][j / 4][j % 4 * 8 + lane % 4 * 2]) = make_float2(sum[h][32 * c + 4 * j + 2 * r], sum[h][32 * c + 4 * j + 2 * r + 1]);
+        __syncwarp();
+        Vector v;                                                         // a block of 32 neighbours
+        load(staged[lane / 2][lane % 2], v);
+        if (p.mask) unrotate(v, mask[h][c]);
+        UNROLL for (int j = 0; j < 32; j++) v[j][0] *= p.alpha;
+        __syncwarp();
+        store((T*)staged[lane / 2] + lane % 2 * (sizeof(T) == 4 ? PITCH : 32), v);
+        __syncwarp();
+        constexpr int CHUNKS = 64 * sizeof(T) / 16;                       // 16 bytes a thread: neighbours write neighbours
+        UNROLL for (int j = 0; j < CHUNKS / 2; j++) {
+          const int r = (32 * j + lane) / CHUNKS, chunk = lane % CHUNKS;
+          const int64_t m = m0 + 64 * h + r, n = n0 + 64 * c + chunk * (16 / sizeof(T));
+          if (m < p.M && n < p.N)
+            *reinterpret_cast<uint4*>(out + (w.split * p.M + m) * p.N + n) = reinterpret_cast<const uint4*>(staged[r])[chunk + (sizeof(T) == 4 ? chunk / 8 : 0)];
+        }
+        __syncwarp();
       }
-      meet();
-      Vector v[2];                                                        // blocks t / 64 and two further of row t % 64
-      UNROLL for (int j = 0; j < 2; j++) {
-        load(&rows[t % 64][32 * (t / 64 + 2 * j)], v[j]);
-        if (p.mask) unrotate(v[j], mask[h][j]);
-      }
-      meet();
-      UNROLL for (int j = 0; j < 2; j++) store((T*)rows[t % 64] + 32 * (t / 64 + 2 * j), v[j]);
-      meet();
-      constexpr int CHUNKS = SIDE * sizeof(T) / 16;                       // 16 bytes a thread: neighbours write neighbours
-      UNROLL for (int j = 0; j < CHUNKS / 2; j++) {
-        const int r = (128 * j + t) / CHUNKS, chunk = t % CHUNKS;
-        const int64_t m = m0 + 64 * h + r, n = n0 + chunk * (16 / sizeof(T));
-        if (m < p.M && n < p.N) *reinterpret_cast<uint4*>(out + (w.split * p.M + m) * p.N + n) = reinterpret_cast<const uint4*>(rows[r])[chunk];
-      }
-    }
+#else
+    UNROLL for (int h = 0; h < 2; h++) UNROLL for (int j = 0; j < 64; j++) if (sum[h][j] == 1.2345e-33f) out[m0] = T{};
+#endif
   }
   cluster_sync();
 }

@@ -28,11 +28,11 @@ class QuartetMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, packed_w, recipe):
-        xc, xs, x_mask = ops.quantize_forward(x, recipe.scale)
         wc, ws, w_mask = packed_w
+        y, xc, xs, x_mask = ops.quantize_gemm(x, recipe.scale, wc, ws)
         ctx.save_for_backward(xc, xs, x_mask, wc, ws, w_mask)
         ctx.recipe = recipe
-        return ops.gemm(xc, xs, wc, ws, 1.0, x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, dy):

@@ -27,7 +27,6 @@ struct Ops {
                             void* values_t, void* scales_t,   // codes [K, Mp/2] and scales [K, Mp/32], or tiles
                             void* stream);
   void (*requantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                     uint8_t* tops,                           // [ceil(M/64), K/32] to work with, for tiles; else nullptr
                      void* values_t, void* scales_t, void* stream);
   void (*dequantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream);
   void (*unrotate)(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream);
@@ -36,9 +35,14 @@ struct Ops {
 extern const Ops cpu, cuda;
 void scale(const float* c, int64_t n, float alpha, Values out);                     // CPU: out = alpha * c
 
-// GPU only: fold.cu, gemm_sm90.cu
+// GPU only: unrotate.cu, quantize.cu, fold.cu, gemm_sm90.cu
+void dequantize_cuda(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream);
+void unrotate_cuda(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream);
+void quantize_forward_tiles(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask,
+                            void* values, float* tile_scales, void* stream);            // and the FP8 tiles of a left operand
 void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // [M, K] packed
           uint8_t* fp8, float* row_scales, void* stream);                                             // [M, K], [M]
+void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream);
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K);
 void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
                const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not

@@ -1,22 +1,23 @@
 """
 alpha * a @ b.T of packed matrices on a GPU without FP4 units: in a wider format that holds every MXFP4 value. A product in
-the FP8 of Hopper and Ada has MXFP4's exact operands, because a block scale is a power of two and fits into the exponent
-(2^s * E2M1 is E4M3 for 15 consecutive s; a row's largest exponent goes into its FP32 scale: fold.cu). A block more than
-14 octaves below its row's largest rounds. On Hopper, gradients have a product of their own: gemm_sm90.cu.
+the FP8 of Hopper and Ada has MXFP4's exact operands, because a block scale is a power of two and fits into the exponent:
+2^s * E2M1 is E4M3 for 15 consecutive s (fold.cu). Hopper has a product of its own, gemm_sm90.cu; elsewhere the library's
+FP8 or BF16 product does it.
 """
 import torch
 
 ops = torch.ops.fp4
-TILES = False                   # gemm_sm90.cu is loaded: a gradient's operands are FP8 tiles
+TILES = False                   # gemm_sm90.cu multiplies: a gradient's operands are FP8 tiles
 
 
 def choose(capability, lib):
     """register the product for a GPU; returns what to call it"""
     global TILES
     TILES = capability == (9, 0)
+    if TILES: return "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)"
     fp8 = capability >= (8, 9)
     lib.impl("gemm", gemm_fp8 if fp8 else gemm_bf16, "CUDA")
-    return f"exact FP4 products on {'FP8' if fp8 else 'BF16'} tensor cores{' (gradients: gemm_sm90.cu)' * TILES}"
+    return f"exact FP4 products on {'FP8' if fp8 else 'BF16'} tensor cores"
 
 
 def tiles(x): return TILES and x.is_cuda

@@ -5,11 +5,11 @@ The ops on a GPU, byte for byte those of reference.py. -fmad=false, see mxfp4.cu
     quantize_backward   dy -> operands dy and dy.T       one read: a tile of 128 x 128 waits in shared memory,
                                                          each thread takes a block of a row, then one of a column
     requantize          packed x -> operand x.T          the same; the packed tile is unpacked into shared memory (exact in BF16)
-    unrotate            (d * mask) H
 
-An operand is packed, or FP8 tiles for the product of gemm_sm90.cu: nothing in between is written to memory.
+An operand is packed, or FP8 tiles for the product of gemm_sm90.cu: nothing in between is written to memory. Four neighbouring
+threads own 128 neighbouring values, so that they write a line of a tile together.
 
-What bounds these kernels is not memory alone but instructions: at 4 TB/s an H200 has time for about 25 a value. A rotation
+What bounds these kernels is not memory alone but instructions: at 3 TB/s an H100 has time for about 35 a value. A rotation
 is five additions; to round, see `nearest`.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
@@ -22,7 +22,7 @@ is five additions; to round, see `nearest`.
 
 namespace {
 
-constexpr int THREADS = 256, TILE_THREADS = 512;                           // a thread a block of 32; so many in 128 x 128
+constexpr int THREADS = 256, TILE_THREADS = 4 * SIDE;                      // a thread a block of 32; so many in 128 x 128
 
 // ---- an element: w -> the nearest unit * E2M1, unit a power of two, |w| <= 6 units. With p the power of two below |w|, at
 // least the unit, the grid's neighbours of w are p/2 apart, and so are floats at 2^22 p: one addition rounds, one takes
@@ -93,29 +93,37 @@ __device__ uint4 nibbles(const Vector& r) {
 
 // ---- the forward quantiser
 
-template <class T>
-__global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ x, int64_t blocks, bool up,
-                                                          uint8_t* __restrict__ codes, uint8_t* __restrict__ scales, int32_t* __restrict__ mask) {
-  const int64_t block = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (block >= blocks) return;
-  Vector v;
+struct Packed { uint8_t *codes, *scales; int32_t* mask; };
+struct Tiles { uint4* values; float* scales; };
+
+template <class T, bool tiles>
+__global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ x, int64_t M, int64_t blocks, bool up, Packed packed, Tiles to) {
+  const unsigned depth = unsigned(blocks + 3) / 4;
+  const int64_t row = int64_t(blockIdx.x / depth) * (THREADS / 4) + threadIdx.x / 4, at = blockIdx.x % depth * 4 + threadIdx.x % 4;
+  const int64_t block = tiles ? row * blocks + at : int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  const bool inside = tiles ? row < M && at < blocks : block < M * blocks;
+  if (!tiles && !inside) return;
+  Vector v = {};
   float t[1];
-  load(x + 32 * block, v);
+  if (inside) load(x + 32 * block, v);
   hadamard(v);
   quest(v, t);
   const bool ok = finite(t[0]);
   const int e = quest_exponent(t[0], up);
   const float factor = pow2(-e) * UNIT;
-  uint32_t inside = 0;
+  uint32_t unclipped = 0;
   UNROLL for (int i = 31; i >= 0; i--) {
     const float w = v[i][0] * factor;
-    inside = __funnelshift_l(bits_of(fabsf(w) - 6 * UNIT), inside, 1);     // the sign: |w| < 6
+    unclipped = __funnelshift_l(bits_of(fabsf(w) - 6 * UNIT), unclipped, 1);               // the sign: |w| < 6
     v[i][0] = signed_as(w, nearest(clip(w, 6 * UNIT), UNIT));
   }
-  const uint4 q = nibbles(v);
-  reinterpret_cast<uint4*>(codes)[block] = ok ? q : make_uint4(0, 0, 0, 0);
-  scales[block] = ok ? e + 127 : 255;
-  mask[block] = ok ? inside : 0;
+  const uint4 q = ok ? nibbles(v) : make_uint4(0, 0, 0, 0);
+  if (inside) {
+    reinterpret_cast<uint4*>(packed.codes)[block] = q;
+    packed.scales[block] = ok ? e + 127 : 255;
+    packed.mask[block] = ok ? unclipped : 0;
+  }
+  if (tiles) fold_block<false>(q, e, ok, row % SIDE, row / SIDE * depth + at / 4, to.values, to.scales, nullptr);
 }
 
 // ---- the backward quantiser, on tiles of 128 x 128
@@ -126,11 +134,14 @@ struct Operand {                                                           // [r
 };
 
 template <class T> struct Shared {
-  T x[SIDE][SIDE + 16 / sizeof(T)];                                        // 16 bytes more, so that 8 rows lie in different banks
-  uint8_t tile[SIDE * SIDE];                                               // the output: of dy, then of dy.T
-  uint8_t exponents[2][SIDE][4];                                           // e + 128 of the 4 blocks of a line; 0: does not count
-  int bound[4];                                                            // no block of 32 lines has a larger exponent
+  // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
+  static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
+  uint8_t x[SIDE * PITCH + 4 * SKEW];
   uint32_t pair[16], row[32], after[8];                                    // sign bits, where each use wants them
+  int tops[TILE_THREADS / 32];
+  __device__ T* at(int row, int column) {
+    return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
+  }
 };
 
 template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after, bool tiles, Shared<T>& s) {
@@ -148,46 +159,27 @@ template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after
 
 enum class Format { packed, left, right };                                 // of an operand
 
-// v, part `part` of line `line` of the output's tile at (row, column) -> memory
+// v, part threadIdx.x % 4 of line threadIdx.x / 4 of the output's tile at (row, column) -> memory
 template <Format format, bool random, class T>
-__device__ void quantize(Vector& v, int line, int part, int64_t row, int64_t column, uint64_t seed, int bound,
-                         uint8_t (&exponents)[SIDE][4], const Operand& to, Shared<T>& s) {
+__device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, const Operand& to, Shared<T>& s) {
   float m[1];
   hadamard(v), largest(v, m);
-  const int e = absmax_exponent(m[0]);
-  const bool keep = m[0] > 0 && finite(m[0]), inside = row + line < to.rows && column / 32 + part < to.blocks;
-  const int64_t block = (row + line) * to.blocks + column / 32 + part, tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
+  const int line = threadIdx.x / 4, part = threadIdx.x % 4, e = absmax_exponent(m[0]);
+  const bool ok = finite(m[0]), counts = ok && m[0] > 0;
+  const int64_t block = (row + line) * to.blocks + column / 32 + part;
   if constexpr (format != Format::packed) {
     constexpr bool right = format == Format::right;
-    constexpr int S = right ? RIGHT : LEFT;
-    int top = bound;
-    if constexpr (!right) {                                                // the largest of the line's four
-      exponents[line][part] = keep ? e + 128 : 0;
-      __syncthreads();
-      const uint32_t four = *reinterpret_cast<const uint32_t*>(exponents[line]);
-      top = int(max(max(four & 255, four >> 8 & 255), max(four >> 16 & 255, four >> 24))) - 128;
-    }
-    top = max(top, -112);                                                  // a scale must be a normal number
-    round_block<false, random>(v, .75f * pow2(S - top), pow2(max(e - top, -60) + S), seed, block);
+    const int scale = shared_scale<right>(counts ? e : NONE, s.tops);
+    round_block<false, random>(v, ok ? .75f * pow2(-scale) : float_of(0x7FC00000u), pow2(counts ? max(e - scale, -60) : 0), seed, block);
     uint32_t word[8];
-    UNROLL for (int i = 0; i < 8; i++) {
-      word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]) ^ s.after[i];
-      word[i] = keep ? word[i] : m[0] == 0 ? 0 : 0x7F7F7F7Fu;              // NaN
-    }
-    UNROLL for (int i = 0; i < 2; i++)
-      *reinterpret_cast<uint4*>(s.tile + swizzle(line, 2 * part + i)) = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
-    if (part == 0 && !right) ((float*)to.scales)[tile * SIDE + line] = pow2(top - S);
-    if (part == 0 && right && column == 0) ((float*)to.scales)[row + line] = pow2(top - S);
-    __syncthreads();
-    UNROLL for (int i = 0; i < SIDE * SIDE / 16 / TILE_THREADS; i++) {
-      const int at = i * TILE_THREADS + threadIdx.x;
-      ((uint4*)to.values)[tile * (SIDE * SIDE / 16) + at] = reinterpret_cast<const uint4*>(s.tile)[at];
-    }
-  } else if (inside) {
+    UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]) ^ s.after[i];
+    const int64_t tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
+    store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
+  } else if (row + line < to.rows && column / 32 + part < to.blocks) {
     round_block<true, random>(v, .75f * pow2(-e) * UNIT, UNIT, seed, block);
     const uint4 q = nibbles(v);
-    ((uint4*)to.values)[block] = keep ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
-    ((uint8_t*)to.scales)[block] = finite(m[0]) ? e + 127 : 255;
+    ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
+    ((uint8_t*)to.scales)[block] = ok ? e + 127 : 255;
   }
 }
 
@@ -208,7 +200,7 @@ template <class T> struct Matrix {
       const bool inside = m0 + row + i * ROWS < M && k0 + at < K;
       q[i] = inside ? *reinterpret_cast<const uint4*>(x + (m0 + row + i * ROWS) * K + k0 + at) : make_uint4(0, 0, 0, 0);
     }
-    UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(&s.x[row + i * ROWS][at]) = q[i];
+    UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = q[i];
   }
 };
 
@@ -221,20 +213,11 @@ __device__ uint2 bfloats(uint32_t word) {
 }
 
 struct PackedMatrix {
-  const uint8_t *codes, *scales, *tops;                                    // tops: of tops_kernel, for tiles
+  const uint8_t *codes, *scales;
   using Element = bfloat16;
   static constexpr bool both = false;
   __device__ void fill(Shared<bfloat16>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
     const int row = threadIdx.x / 4, at = threadIdx.x % 4;                 // a block a thread
-    if (tops) {                                                            // 32 values of 6 * 2^e make at most 6 * 2^(e + 2.5)
-      if (threadIdx.x < 4) s.bound[threadIdx.x] = -127;
-      __syncthreads();
-      int top = 0;
-      if (k0 + 32 * at < K)
-        for (int64_t i = row; i < (M + 63) / 64; i += SIDE) top = max(top, int(tops[i * (K / 32) + k0 / 32 + at]));
-      for (int i = 4; i < 32; i *= 2) top = max(top, __shfl_xor_sync(~0u, top, i));
-      if (threadIdx.x % 32 < 4) atomicMax(&s.bound[at], top - 127 + 3);
-    }
     const bool inside = m0 + row < M && k0 + 32 * at < K;
     const int64_t block = ((m0 + row) * K + k0) / 32 + at;
     const uint4 q = inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0);
@@ -247,7 +230,7 @@ struct PackedMatrix {
         __nv_bfloat162 two;
         memcpy(&two, &out[n], 4), two = __hmul2(two, scale), memcpy(&out[n], &two, 4);
       }
-      *reinterpret_cast<uint4*>(&s.x[row][32 * at + 8 * j]) = make_uint4(out[0], out[1], out[2], out[3]);
+      *reinterpret_cast<uint4*>(s.at(row, 32 * at + 8 * j)) = make_uint4(out[0], out[1], out[2], out[3]);
     }
   }
 };
@@ -259,58 +242,18 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   extern __shared__ __align__(16) uint8_t memory[];
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(memory);
   const int64_t m0 = int64_t(blockIdx.x) * SIDE, k0 = int64_t(blockIdx.y) * SIDE;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t signs = uint32_t(*how.signs);
+  const int line = threadIdx.x / 4, part = threadIdx.x % 4;
   source.fill(s, M, K, m0, k0);
-  spread_signs(signs, how.signs_after, tiles, s);
+  spread_signs(uint32_t(*how.signs), how.signs_after, tiles, s);
   __syncthreads();
   Vector v;
   if constexpr (Source::both) {
-    const int line = warp % 4 * 32 + lane, part = warp / 4;
-    load(&s.x[line][32 * part], v, s.pair);
-    quantize<tiles ? Format::left : Format::packed, random>(v, line, part, m0, k0, seeds[0], 0, s.exponents[0], rows, s);
+    load(s.at(line, 32 * part), v, s.pair);
+    quantize<tiles ? Format::left : Format::packed, random>(v, m0, k0, seeds[0], rows, s);
   }
-  const int line = warp / 4 * 32 + lane, part = warp % 4;
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(s.x[32 * part + i][line], s.row[i]);
+  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(*s.at(32 * part + i, line), s.row[i]);
   constexpr Format format = !tiles ? Format::packed : Source::both ? Format::left : Format::right;
-  quantize<format, random>(v, line, part, k0, m0, seeds[Source::both], s.bound[line / 32], s.exponents[1], columns, s);
-}
-
-// the largest scale byte of each column of blocks, 64 rows at a time
-__global__ void tops_kernel(const uint8_t* __restrict__ scales, int64_t M, int64_t blocks, uint8_t* __restrict__ tops) {
-  const int64_t column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x, row = int64_t(blockIdx.x) * 64;
-  if (column >= blocks) return;
-  int top = 0;
-#pragma unroll 16
-  for (int i = 0; i < 64; i++) {
-    const int byte = row + i < M ? scales[(row + i) * blocks + column] : 0;
-    top = max(top, byte == 255 ? 0 : byte);
-  }
-  tops[blockIdx.x * blocks + column] = top;
-}
-
-// ---- packed -> values; the basis of a gradient
-
-template <class T>
-__global__ void dequantize_kernel(const uint8_t* codes, const uint8_t* scales, int64_t blocks, T* x) {
-  const int64_t block = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (block >= blocks) return;
-  const float s = scale_of(scales[block]);
-  const uint4 q = reinterpret_cast<const uint4*>(codes)[block];
-  const uint32_t word[4] = {q.x, q.y, q.z, q.w};
-  Vector v;
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = value(word[i / 8] >> 4 * (i % 8) & 15) * s;
-  store(x + 32 * block, v);
-}
-
-template <class T, class U>
-__global__ void unrotate_kernel(const T* __restrict__ d, const int32_t* __restrict__ mask, int64_t blocks, U* __restrict__ x) {
-  const int64_t block = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (block >= blocks) return;
-  Vector v;
-  load(d + 32 * block, v);
-  unrotate(v, mask[block]);
-  store(x + 32 * block, v);
+  quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
 }
 
 // ---- launches
@@ -318,9 +261,9 @@ __global__ void unrotate_kernel(const T* __restrict__ d, const int32_t* __restri
 unsigned groups(int64_t n, int64_t size) { return unsigned((n + size - 1) / size); }
 
 void quantize_forward(Values x, int64_t M, int64_t K, bool up, uint8_t* codes, uint8_t* scales, int32_t* mask, void* stream) {
-  const int64_t blocks = M * K / 32;
-  if (blocks) typed(x, [=](auto* x) {
-    forward_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(x, blocks, up, codes, scales, mask);
+  const Packed packed = {codes, scales, mask};
+  if (M && K) typed(x, [=](auto* x) {
+    forward_kernel<std::remove_pointer_t<decltype(x)>, false><<<groups(M * K / 32, THREADS), THREADS, 0, (cudaStream_t)stream>>>(x, M, K / 32, up, packed, {});
   });
 }
 
@@ -341,28 +284,24 @@ void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64
 }
 
 void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                uint8_t* tops, void* values_t, void* scales_t, void* stream) {
-  if (tops && M && K) tops_kernel<<<dim3(groups(M, 64), groups(K / 32, 128)), 128, 0, (cudaStream_t)stream>>>(scales, M, K / 32, tops);
-  backward(PackedMatrix{codes, scales, tops}, M, K, how, seed, {}, {values_t, scales_t, K, (M + 31) / 32}, stream);
-}
-
-void dequantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream) {
-  const int64_t blocks = M * K / 32;
-  if (blocks) typed(x, [=](auto* x) {
-    dequantize_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(codes, scales, blocks, x);
-  });
-}
-
-void unrotate(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream) {
-  const int64_t blocks = M * K / 32;
-  if (blocks) typed(d, [=](auto* d) { typed(x, [=](auto* x) {
-    unrotate_kernel<<<groups(blocks, THREADS), THREADS, 0, (cudaStream_t)stream>>>(d, mask, blocks, x);
-  }); });
+                void* values_t, void* scales_t, void* stream) {
+  backward(PackedMatrix{codes, scales}, M, K, how, seed, {}, {values_t, scales_t, K, (M + 31) / 32}, stream);
 }
 
 }  // namespace
 
-const Ops cuda = {quantize_forward, quantize_backward, requantize, dequantize, unrotate};
+// the same, and the FP8 tiles of a left operand
+void quantize_forward_tiles(Values x, int64_t M, int64_t K, bool up, uint8_t* codes, uint8_t* scales, int32_t* mask,
+                            void* values, float* tile_scales, void* stream) {
+  const Packed packed = {codes, scales, mask};
+  const Tiles tiles = {(uint4*)values, tile_scales};
+  const unsigned all = groups(M, SIDE) * (4 * SIDE / THREADS) * groups(K, SIDE);           // CUDA blocks: half a tile each
+  if (all) typed(x, [=](auto* x) {
+    forward_kernel<std::remove_pointer_t<decltype(x)>, true><<<all, THREADS, 0, (cudaStream_t)stream>>>(x, M, K / 32, up, packed, tiles);
+  });
+}
+
+const Ops cuda = {quantize_forward, quantize_backward, requantize, dequantize_cuda, unrotate_cuda};
 
 const char* launch_error() {
   const cudaError_t error = cudaGetLastError();

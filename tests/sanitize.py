@@ -25,7 +25,7 @@ NO_KERNEL = {"draw", "uniform", "mm_fp8"}                   # ops that are writt
 def tiles(M, K, right=False):
     """any operand of gemm_sm90.cu: FP8 values and their scales"""
     m, k = -(-M // 128), -(-K // 128)
-    return torch.randint(256, (m, k, 128 * 128), dtype=torch.uint8), torch.rand(m, 1 if right else k, 128)
+    return torch.randint(256, (m, k, 128 * 128), dtype=torch.uint8), torch.rand(m, k, 4 if right else 128)
 
 
 def calls(M, K, dtype):
@@ -42,6 +42,10 @@ def calls(M, K, dtype):
         yield "unrotate", (x, mask, out)
         if product.TILES:                                       # elsewhere a library multiplies
             for N in (32, 4096): yield "gemm_unrotate", (*tiles(M, N), *tiles(K, N, True), mask, 16 / 9, out)       # 4096: split
+    if product.TILES:
+        w = reference.quantize_forward(torch.randn(96, K), "floor")[:2]
+        yield "gemm", (codes, scales, *w, 16 / 9, torch.float32)
+        yield "quantize_gemm", (x, "floor", *w)
     yield "fold", (codes, scales, 16 / 9)
 
 

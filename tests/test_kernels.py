@@ -61,40 +61,29 @@ def test_each_op_gives_the_bytes_of_the_definition(x, device):
         check("unrotate", x, mask, dtype)
 
 
-def tiles_of(codes, scales, bound=None):
-    """the definition of tiles.cuh: packed -> FP8 tiles and their scales, and how many blocks fell out of the window. Without
-    a bound for the exponents of each row [M] it is a left operand"""
+def tiles_of(codes, scales, right=False):
+    """the definition of tiles.cuh: packed -> FP8 tiles and their scales, and how many blocks fell out of the window"""
     (M, K), pad = (codes.shape[0], 2 * codes.shape[1]), torch.nn.functional.pad
     x = pad(reference.dequantize(codes, scales, torch.float64), (0, -K % 128, 0, -M % 128)).unflatten(-1, (-1, 4, 32))
     e = pad(scales.int(), (0, -K % 128 // 32, 0, -M % 128)).unflatten(-1, (-1, 4)) - 127        # [M, K/128, 4]
     counts = x.abs().amax(-1).gt(0) & x.isfinite().all(-1)
-    largest = torch.where(counts, e, -999).amax(-1) if bound is None else pad(bound, (0, -M % 128), value=-999)[:, None].expand(e.shape[:2])
-    s, octaves, dtype = (6, 15, torch.float8_e4m3fn) if bound is None else (13, 29, torch.float8_e5m2)
+    largest = torch.where(counts, e, -999).amax(-1)                                             # of 128 neighbours
+    if right: largest = largest.unflatten(0, (-1, 32)).amax(1).repeat_interleave(32, 0)         # ... in 32 rows
+    s, octaves, dtype = (13, 29, torch.float8_e5m2) if right else (6, 15, torch.float8_e4m3fn)
     top = largest.clamp_min(-112)
     fp8 = (x / reference.pow2(top - s).double()[..., None, None]).float().to(dtype).flatten(-2).view(torch.uint8)
     chunks = fp8.unflatten(0, (-1, 128)).transpose(1, 2).unflatten(-1, (8, 16))                 # [M/128, K/128, 128, 8, 16]
     where = (torch.arange(128)[:, None] & 7) ^ torch.arange(8)
     swizzled = chunks.gather(3, where[..., None].expand(chunks.shape))
-    top = (top if bound is None else top[:, :1]).unflatten(0, (-1, 128)).transpose(1, 2)
+    top = top.unflatten(0, (-1, 128)).transpose(1, 2)[..., ::32 if right else 1]
     return swizzled.flatten(2), reference.pow2(top - s).contiguous(), int((counts & (e <= largest[..., None] - octaves)).sum())
 
 
-def bounds(scales):
-    "of the exponents of a right operand's rows: packed, and transposed"
-    e = torch.where(scales == 255, 0, scales.int()) - 127
-    return e.amax(1), e.amax(0).repeat_interleave(32) + 3
-
-
-def same_tiles(got, want):
+def same_tiles(got, want, right=False):
     "equal values, -0 equals 0; any NaN is a NaN"
-    dtype = torch.float8_e4m3fn if got[1].shape[1] == got[0].shape[1] and want[3] else torch.float8_e5m2
-    a, b = (t.cpu().view(dtype).float() + 0. for t in (got[0], want[0]))
-    same([a], [b])
-    same([got[1].cpu()], [want[1]])
-
-
-def left(packed): return *tiles_of(*packed), True
-def right(packed, bound): return *tiles_of(*packed, bound), False
+    want = tiles_of(*want, right)
+    a, b = (t.cpu().view(torch.float8_e5m2 if right else torch.float8_e4m3fn).float() + 0. for t in (got[0], want[0]))
+    same([a, got[1].cpu()], [b, want[1]])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -103,15 +92,11 @@ def test_operands_in_fp8_tiles_are_the_packed_ones_exactly(x):
     packed = reference.quantize_forward(x, "floor")[:2]
     signs, seeds = reference.draw(x, x, 3)
     on_gpu = lambda *tensors: [t.cuda() for t in tensors]
-    column = bounds(packed[1])[1]
     for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
         got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, True), reference.quantize_backward(x, signs, seeds[:2], *how)
-        same_tiles(got[:2], left(want[:2]))
-        same_tiles(got[2:], left(want[2:]))
-        transposed = reference.requantize(*packed, signs, seeds[2:], *how)
-        same_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, True), right(transposed, column))
-        a_value = reference.dequantize(*transposed, torch.float32).unflatten(-1, (-1, 32)).abs().amax(-1) > 0   # NaN is not
-        assert (transposed[1].int() - 127 <= column[:, None])[a_value].all()
+        same_tiles(got[:2], want[:2])
+        same_tiles(got[2:], want[2:])
+        same_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, True), reference.requantize(*packed, signs, seeds[2:], *how), True)
 
 
 PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
@@ -129,13 +114,24 @@ def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, 
 
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_quantising_and_multiplying_in_one_gives_what_both_give_apart(M, N, K, dtype, device):
+    torch.manual_seed(K)
+    x, w = torch.randn(M, K, device=device, dtype=dtype), ops.quantize_forward(torch.randn(N, K, device=device), "floor")[:2]
+    x[0, 5] = float("nan")
+    packed = ops.quantize_forward(x, "nearest")
+    same(ops.quantize_gemm(x, "nearest", *w), [ops.gemm(*packed[:2], *w, 1.0, dtype), *packed])
+
+
+@pytest.mark.parametrize("M, N, K", PRODUCTS)
 @pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, device):
     torch.manual_seed(K)
     (a, b), mask = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N)), torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int()
     operands = [t.to(device) for t in (*a, *b)]
-    if device == "cuda" and product.TILES: operands = [t.cuda() for t in (*tiles_of(*a)[:2], *tiles_of(*b, bounds(b[1])[0])[:2])]
+    if device == "cuda" and product.TILES: operands = [t.cuda() for t in (*tiles_of(*a)[:2], *tiles_of(*b, True)[:2])]
     got = ops.gemm_unrotate(*operands, mask.to(device), 16 / 9, dtype).cpu().double()
     exact = reference.unrotate(reference.gemm(*a, *b, 16 / 9, torch.float32), mask, torch.float32).double()
     size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
@@ -152,13 +148,12 @@ def test_a_nan_scale_makes_the_row_of_the_product_nan_and_no_other(device):
     assert got[7].isnan().all() and got.isnan().sum() == 64
 
 
-def test_the_windows_of_the_fp8_tiles_hold_15_and_29_octaves():
+@pytest.mark.parametrize("right, octaves", [(False, 15), (True, 29)])
+def test_the_windows_of_the_fp8_tiles_hold_15_and_29_octaves(right, octaves):
     torch.manual_seed(0)
     codes = torch.randint(0, 256, (50, 512), dtype=torch.uint8)
-    for octaves, lost in ((15, 0), (16, 1)):
-        scales = (torch.randint(16, 190, (50, 1)) + torch.randint(0, octaves, (50, 32))).to(torch.uint8)
-        assert min(tiles_of(codes, scales)[2], 1) <= lost and min(tiles_of(codes, scales, bounds(scales)[0])[2], 1) == 0
-    assert tiles_of(codes, scales, bounds(scales)[0] + 20)[2] > 0               # the counter counts
+    lost = lambda octaves: tiles_of(codes, torch.randint(40, 40 + octaves, (50, 32)).to(torch.uint8), right)[2]
+    assert lost(octaves) == 0 and lost(octaves + 1) > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
