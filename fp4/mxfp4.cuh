@@ -15,7 +15,7 @@ once where the reference rounds twice. No CUDA calls, no torch.
 #define UNROLL _Pragma("unroll")
 #else
 #define FN inline
-#define UNROLL _Pragma("GCC unroll 32")
+#define UNROLL                                                             // g++ takes a minute longer, for nothing
 #endif
 
 namespace mxfp4 {
@@ -50,9 +50,9 @@ template <int W> FN void flip(Block<W>& v, uint32_t signs) {               // bi
 }
 
 template <int W> FN void hadamard(Block<W>& v) {
-  UNROLL for (int h = 1; h < 32; h *= 2)
+  UNROLL for (int k = 0; k < 5; k++)
     UNROLL for (int j = 0; j < 16; j++) {
-      const int i = j / h * 2 * h + j % h;                                 // the 16 pairs (i, i + h)
+      const int h = 1 << k, i = j >> k << k + 1 | j & h - 1;               // the 16 pairs (i, i + h)
       for (int w = 0; w < W; w++) {
         const float a = v[i][w], b = v[i + h][w];
         v[i][w] = a + b, v[i + h][w] = a - b;
