@@ -7,11 +7,11 @@ of the first warpgroup keeps three stages of shared memory filled, 128 of K each
 work side by side on 256 x 256: each copies half of A for both, or else the L2 cache would be the limit.
 
 Hopper's FP8 unit keeps 13 fractional bits of the largest addend, so it sums only 128 of K; then the partial sum is multiplied
-by the scales of its rows of A and B (powers of two: exact) and added in FP32. While one warpgroup does that, the other's
-products run: they take turns at the tensor cores.
+by the scales of its row of A and of B (powers of two: exact) and added in FP32. While one warpgroup does that, the other's
+products run.
 
 Before it is stored, a gradient is masked and rotated back (linear.py): outputs go through shared memory, where a thread
-finds a block of 32 neighbours. When there are too few tiles for the GPU, K is split, and a second kernel sums the parts, always
+finds a block of 32 neighbours of what its warp has. When there are too few tiles for the GPU, K is split, and a second kernel sums the parts, always
 in the same order.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c gemm_sm90.cu
@@ -23,18 +23,12 @@ in the same order.
 
 namespace {
 
-#ifndef NSTAGES
-#define NSTAGES 3
-#endif
-#ifndef TURN
-#define TURN 0
-#endif
-constexpr int STAGES = NSTAGES, TILE_BYTES = SIDE * SIDE, THREADS = 384, PITCH = 36;
+constexpr int STAGES = 3, TILE_BYTES = SIDE * SIDE, THREADS = 384;
+constexpr int PITCH = 32 + 4;                                             // of 32 values in shared memory: then no bank is met twice
 
 struct Shared {
   uint8_t a[STAGES][2][TILE_BYTES], b[STAGES][TILE_BYTES];                // 1024-byte aligned
-  float a_scales[STAGES][2][SIDE], b_scales[STAGES][4];
-  float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32, in different banks
+  float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32
   uint64_t full[STAGES], empty[STAGES];
 };
 
@@ -69,6 +63,8 @@ __device__ void copy_to_both(void* to, const void* from, int bytes, uint64_t* ba
                ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(barrier)), "h"(uint16_t(3)) : "memory");
 }
 
+__device__ float load_now(const float* p) { float x; asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(p)); return x; }
+
 __device__ int cluster_rank() { int rank; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)); return rank; }
 __device__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\n"
@@ -99,8 +95,8 @@ template <bool add> __device__ void wgmma(float (&c)[64], uint32_t a, uint32_t b
 struct Work { int m, n, first, last, split; };                            // 256 x 256 outputs at (m, n), k-tiles first ... last - 1
 
 // neighbours in time share operands: 4 along n, then the next m
-__device__ Work work(int64_t i, int rows, int columns, int depth, int splits) {
-  const int split = int(i / (int64_t(rows) * columns)), at = int(i % (int64_t(rows) * columns));
+__device__ Work work(int i, int rows, int columns, int depth, int splits) {
+  const int split = i / (rows * columns), at = i % (rows * columns);
   const int group = at / (4 * rows), width = min(4, columns - 4 * group), in = at - 4 * rows * group;
   return {in / width, 4 * group + in % width, int(int64_t(depth) * split / splits), int(int64_t(depth) * (split + 1) / splits), split};
 }
@@ -119,7 +115,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), t = threadIdx.x % 128, rank = cluster_rank(), clusters = gridDim.x / 2;
-  const int64_t all = int64_t(p.rows) * p.columns * p.splits;
+  const int all = p.rows * p.columns * p.splits;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) init(&s.full[i], 1), init(&s.empty[i], 16);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -131,17 +127,15 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
   if (group == 0) {                                                       // ---- copies
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (t == 0)
-      for (int64_t i = blockIdx.x / 2; i < all; i += clusters) {
+      for (int i = blockIdx.x / 2; i < all; i += clusters) {
         const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
         // the last tiles may not exist: those outputs are not stored
         const int64_t a = int64_t(min(2 * w.m + rank, p.a_tiles - 1)) * p.depth, b = int64_t(min(2 * w.n + rank, p.b_tiles - 1)) * p.depth;
         for (int k = w.first; k < w.last; k++, next()) {
           wait(&s.empty[stage], phase ^ 1);
-          expect(&s.full[stage], 3 * TILE_BYTES + 2 * SIDE * 4 + 16);
+          expect(&s.full[stage], 3 * TILE_BYTES);
           copy_to_both(s.a[stage][rank], p.a + (a + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
-          copy_to_both(s.a_scales[stage][rank], p.a_scales + (a + k) * SIDE, SIDE * 4, &s.full[stage]);
           copy(s.b[stage], p.b + (b + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
-          copy(s.b_scales[stage], p.b_scales + (b + k) * 4, 16, &s.full[stage]);
         }
       }
     __syncwarp();
@@ -151,12 +145,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");                   // ---- products
   const int half = group - 1, lane = t % 32, row = t / 32 * 16 + lane / 4;
-  const auto my_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(3 + half) : "memory"); };
-  const auto your_turn = [&] { asm volatile("bar.arrive %0, 256;" ::"r"(4 - half) : "memory"); };
   const uint32_t a_first = descriptor(s.a[0][half]), b_first = descriptor(s.b[0]);
   float(*staged)[2][PITCH] = s.out[t / 32 + 4 * half];
-  if (half == 1) your_turn();
-  for (int64_t i = blockIdx.x / 2; i < all; i += clusters) {
+  for (int i = blockIdx.x / 2; i < all; i += clusters) {
     const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
     const int64_t m0 = 256 * int64_t(w.m) + 128 * half + t / 32 * 16, n0 = 256 * int64_t(w.n) + 128 * rank;        // of this warp
     // the masks of the four blocks this thread will rotate are on their way from now on
@@ -165,38 +156,39 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
       const int64_t m = m0 + 64 * (i / 2) + lane / 2, n = n0 + 64 * (i % 2) + lane % 2 * 32;
       mask[i / 2][i % 2] = p.mask && m < p.M && n < p.N ? p.mask[(m * p.N + n) / 32] : 0;
     }
-    float sum[2][64] = {};
+    // scales: of this thread's two rows in each half, and of the tile of B; each is loaded a step before it is used
+    const float* a_scales = p.a_scales + int64_t(min(2 * w.m + half, p.a_tiles - 1)) * p.depth * SIDE + row;
+    const float* b_scales = p.b_scales + int64_t(min(2 * w.n + rank, p.b_tiles - 1)) * p.depth;
+    float scale[2][3], sum[2][64] = {};
+    const auto fetch = [&](int h, int k) {
+      UNROLL for (int r = 0; r < 2; r++) scale[h][r] = load_now(a_scales + k * SIDE + 64 * h + 8 * r);
+      scale[h][2] = load_now(b_scales + k);
+    };
+    fetch(0, w.first), fetch(1, w.first);
     wait(&s.full[stage], phase);
     for (int k = w.first; k < w.last; k++) {
       const uint32_t a = a_first + stage * (2 * TILE_BYTES >> 4), b = b_first + stage * (TILE_BYTES >> 4);
-      const int now = stage;
+      uint64_t* const done = &s.empty[stage];
       UNROLL for (int h = 0; h < 2; h++) {                                // rows 0 .. 63, then 64 .. 127
         float part[64];
-        float scale[2][4];                                                // of two rows and of 4 times 32 columns
-        UNROLL for (int j = 0; j < 8; j++) scale[j / 4][j % 4] = s.a_scales[now][half][64 * h + row + j / 4 * 8] * s.b_scales[now][j % 4];
-        my_turn();
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         wgmma<false>(part, a + (h * 64 * SIDE >> 4), b);
-        UNROLL for (int j = 1; j < 4; j++) {
-          if (TURN && j == 4 - TURN) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-          wgmma<true>(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4));
-        }
+        UNROLL for (int j = 1; j < 4; j++) wgmma<true>(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4));
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (!TURN) your_turn();
-        if (h == 1) {
+        if (h == 1) {                                                     // what comes next, while the products run
           next();
-          if (k + 1 < w.last) wait(&s.full[stage], phase);                // what comes next, while the products run
+          if (k + 1 < w.last) wait(&s.full[stage], phase);
         }
-        if (TURN) { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); your_turn(); }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (h == 1 && lane == 0) arrive(&s.empty[now]);
+        if (h == 1 && lane == 0) arrive(done);
+        const float rows[2] = {scale[h][0] * scale[h][2], scale[h][1] * scale[h][2]};
         UNROLL for (int j = 0; j < 64; j++) {
           asm volatile("" : "+f"(part[j]));                               // not before the wait
-          sum[h][j] = __fmaf_rn(part[j], scale[j / 2 % 2][j / 16], sum[h][j]);
+          sum[h][j] = __fmaf_rn(part[j], rows[j / 2 % 2], sum[h][j]);
         }
+        if (k + 1 < w.last) fetch(h, k + 1);
       }
     }
-#ifndef NOEPI
     UNROLL for (int h = 0; h < 2; h++)                                    // ---- a warp: 16 rows of output, 64 columns at a time
       UNROLL for (int c = 0; c < 2; c++) {
         UNROLL for (int j = 0; j < 8; j++)
@@ -219,9 +211,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         }
         __syncwarp();
       }
-#else
-    UNROLL for (int h = 0; h < 2; h++) UNROLL for (int j = 0; j < 64; j++) if (sum[h][j] == 1.2345e-33f) out[m0] = T{};
-#endif
   }
   cluster_sync();
 }
