@@ -10,7 +10,7 @@ fitted to the authors' runs or to yours.
 """
 import argparse, csv, os, sys
 import numpy as np
-from scaling import advise, law, pictures, regions, runs        # numpy, no torch: an answer takes seconds
+from scaling import advise, fitting, law, pictures, regions, runs       # numpy, no torch: an answer takes seconds
 from scaling.advise import human, span
 from scaling.runs import Stop, check
 from scaling.speeds import BENCH, speeds
@@ -29,7 +29,7 @@ def load(path):
     """the runs and everything that is fitted to them"""
     found, left_out = runs.read(path)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
-    return found, *law.fit_all(found)
+    return found, *fitting.fit_all(found)
 
 
 def interval(draws):
@@ -53,18 +53,18 @@ def fit(args):
     print(f"\n{'forward : backward':52s} runs  {'eff_N':>6s}  {'90 %':15s} {'eff_D':>6s}  90 %")
     for method, f in methods.items():
         line = f"{' : '.join(method):52.52s} {len(found[method][0]):4d}  "
-        for i in law.EFF:                                       # BF16's is 1 and is not fitted
+        for i in fitting.EFF:                                       # BF16's is 1 and is not fitted
             drawn = interval(np.exp(np.minimum(f.draws[:, i], 99)))
             line += f"{np.exp(f.theta[i]):6.3f}  {drawn:15s} " if f.theta[i] else " " * 24
         print(line.rstrip())
     for sentence in unfitted: print(sentence)
     for forward, backward in [m for m in methods if {(m[0], "BF16"), ("BF16", m[1])} <= methods.keys()]:
         n, d, y = found[forward, backward]
-        error = np.exp(law.log_loss(law.compose(base, methods, forward, backward).theta, n, d)) - np.exp(y)
+        error = np.exp(law.log_loss(fitting.compose(base, methods, forward, backward).theta, n, d)) - np.exp(y)
         print(f"{forward} : {backward} composed of its two halves: error {abs(error).mean():.4f} on average, "
               f"{error.mean():+.4f} in the mean of {len(y)} runs")
 
-    rows = list(law.held_out(found[law.BF16]))
+    rows = list(fitting.held_out(found[law.BF16]))
     print("\nBF16 runs predicted by a fit to others    runs   mean error   largest   inside the 90 % interval")
     for kind in dict.fromkeys(row[0] for row in rows):
         measured, predicted, low, high = np.array([row[5:] for row in rows if row[0] == kind]).T

@@ -10,7 +10,7 @@ Three questions about N parameters and D tokens, each against BF16:
 Times are of the linears in the blocks (speeds.py): attention, head and optimizer, not in them, dilute every saving.
 """
 import numpy as np
-from scaling import law, regions
+from scaling import fitting, law, regions
 from scaling.runs import check
 
 
@@ -29,7 +29,7 @@ def table(base, methods, speeds):
     rows = regions.precisions(base, methods, speeds, "QuEST", "RTN-absmax")
     if speeds.has("fp8"): rows.insert(0, regions.Precision("BF16:BF16", "bf16", "bf16", base))
     sr = "fp4-sr" if speeds.has("fp4-sr") else "fp4"            # if not measured apart
-    rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr, law.compose(base, methods, "QuEST", "SR-absmax")))
+    rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr, fitting.compose(base, methods, "QuEST", "SR-absmax")))
     return regions.known(rows)
 
 
@@ -38,7 +38,7 @@ def question(rows, N, D):
     points = [(p.fit, np.log([n]), np.log([d])) for p, n, d in zip(rows, N, D)]
     drawn = np.array([law.log_loss(fit.draws, n, d)[:, 0] for fit, n, d in points])
     share = np.bincount(drawn.argmin(0), minlength=len(rows)) / drawn.shape[1]
-    return np.array([np.ravel(law.predict(*point)) for point in points]), share
+    return np.array([np.ravel(fitting.predict(*point)) for point in points]), share
 
 
 def outside(what, x, fitted):

@@ -1,7 +1,7 @@
 """The law and the regions as pictures. Each function returns a sentence: where the picture is, or why there is none."""
 import os
 import numpy as np
-from scaling import law, regions
+from scaling import fitting, law, regions
 from scaling.advise import human
 
 # of the four precisions, in the order of the table: grey, orange, blue, green
@@ -23,7 +23,7 @@ def picture(path, size, panels, draw):
 def law_picture(path, runs, base, methods):
     """loss against tokens, a line a size with its 90 % interval: BF16, and of those quantised whole the most-run"""
     whole = max((m for m in methods if "BF16" not in m), key=lambda m: len(runs[m][0]), default=None)
-    drawn = [(law.BF16, base, "0.3")] + [(whole, law.compose(base, methods, *whole), "C3")] * bool(whole)
+    drawn = [(law.BF16, base, "0.3")] + [(whole, fitting.compose(base, methods, *whole), "C3")] * bool(whole)
 
     def draw(plots):
         for method, fit, color in drawn:
@@ -32,7 +32,7 @@ def law_picture(path, runs, base, methods):
             for size in sorted(set(n)):
                 of_size = d[n == size]
                 d_line = np.linspace(min(of_size) - .2, max(of_size) + .2, 60)
-                loss, low, high = law.predict(fit, np.full(60, size), d_line)
+                loss, low, high = fitting.predict(fit, np.full(60, size), d_line)
                 plots[0].plot(np.exp(d_line), loss, color=color, linewidth=1)
                 plots[0].fill_between(np.exp(d_line), low, high, color=color, alpha=.15, linewidth=0)
                 end = np.exp(d_line[-1]), loss[-1]

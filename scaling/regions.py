@@ -10,7 +10,7 @@ Many: the larger model that an FP4 forward pass affords has time to learn.
 """
 from typing import NamedTuple
 import numpy as np
-from scaling import law
+from scaling import fitting, law
 from scaling.runs import check
 
 #          parameters, training tokens
@@ -22,13 +22,13 @@ class Precision(NamedTuple):
     name: str                   # forward:backward
     forward: str                # whose times the forward pass has, and
     backward: str               # whose the backward pass
-    fit: law.Fit                # its law; None if the runs do not tell it
+    fit: fitting.Fit                # its law; None if the runs do not tell it
 
 
 def precisions(base, methods, speeds, forward, backward):
     """the paper's four. FP8 loses nothing in its model; where FP8 was not measured, BF16 takes its place"""
     wide = "fp8" if speeds.has("fp8") else "bf16"
-    fit = lambda *how: law.compose(base, methods, *how)
+    fit = lambda *how: fitting.compose(base, methods, *how)
     fp8 = wide == "fp8" and fit("fp8", "fp8") or base           # a sweep of one's own may have runs of it
     return [Precision(f"{wide.upper()}:{wide.upper()}", wide, wide, fp8),
             Precision(f"{wide.upper()}:FP4", wide, "fp4", fit("BF16", backward)),

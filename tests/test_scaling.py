@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 import fp4, quartet
 from data import prepare
 from model import SIZES, Llama
-from scaling import __main__ as scaling, advise, law, pictures, regions, runs, speeds, sweep
+from scaling import __main__ as scaling, advise, fitting, law, pictures, regions, runs, speeds, sweep
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAPER, SECOND = (os.path.join(ROOT, "scaling", "data", name) for name in ("quartet.csv", "quartet2.csv"))
@@ -24,10 +24,10 @@ def whole(tmp_path_factory):
     path.write_text(open(PAPER).read().replace("# ", ""))
     return runs.read(path)[0]
 
-FITTED, fit_all = {}, law.fit_all
+FITTED, fit_all = {}, fitting.fit_all
 
 def fit_once(found):
-    "law.fit_all, computed once for the same runs: most tests ask the authors'"
+    "fitting.fit_all, computed once for the same runs: most tests ask the authors'"
     key = str([(method, *map(np.ndarray.tobytes, points)) for method, points in found.items()])
     if key not in FITTED: FITTED[key] = fit_all(found)
     return FITTED[key]
@@ -37,7 +37,7 @@ def fit_once(found):
 def cli(tmp_path, capsys, monkeypatch):
     "cli('fit', ...) -> exit code, stdout, stderr; pictures and bench.json are those of an empty folder"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(law, "fit_all", fit_once)
+    monkeypatch.setattr(fitting, "fit_all", fit_once)
     monkeypatch.setattr(runs, "PAPER", PAPER)
     for module in (speeds, scaling): monkeypatch.setattr(module, "BENCH", str(tmp_path / "bench.json"))
     def cli(*args):
@@ -49,7 +49,7 @@ def cli(tmp_path, capsys, monkeypatch):
 
 
 def coefficients(points):
-    A, alpha, B, beta, E, gamma, _, _ = law.best(law.STARTS, law.BASE, points)
+    A, alpha, B, beta, E, gamma, _, _ = fitting.best(fitting.STARTS, fitting.BASE, points)
     return f"{np.exp(A):.3e} {alpha:.4f} {np.exp(B):.3e} {beta:.4f} {np.exp(E):.4f} {gamma:.4f}"
 
 
@@ -57,7 +57,7 @@ def efficiency(base, free, points):
     "without the draws"
     starts = np.repeat(base[None], 4, 0)
     starts[:, free] = np.log([[1], [.5], [.1], [.01]])
-    return np.exp(law.best(starts, free, points)[free])
+    return np.exp(fitting.best(starts, free, points)[free])
 
 
 def some(points, which): return tuple(x[which] for x in points)
@@ -83,13 +83,13 @@ def test_without_the_two_largest_models_the_coefficients_are_quite_others(paper)
 
 
 def test_with_the_run_that_table_6_leaves_out_the_fit_is_that_of_the_second_notebook(whole):
-    theta = law.best(law.STARTS, law.BASE, whole[law.BF16])
+    theta = fitting.best(fitting.STARTS, fitting.BASE, whole[law.BF16])
     printed = [11.75543771, .57852012, 13.0515853, .5388769, .2933008, .27641569]
     assert abs(theta[:6] - printed).max() <= 2e-6               # where scipy stopped
 
 
 def test_table_6_needs_the_robust_loss(paper, monkeypatch):
-    monkeypatch.setattr(law, "DELTA", 1.)                       # least squares
+    monkeypatch.setattr(fitting, "DELTA", 1.)                       # least squares
     assert coefficients(paper[law.BF16])[:9] != "1.524e+05"
 
 
@@ -105,7 +105,7 @@ def test_efficiencies_are_the_first_notebooks_to_their_printed_digits(paper, fit
 
 
 def test_efficiencies_are_the_second_notebooks_on_its_runs(whole):
-    base = law.best(law.STARTS, law.BASE, whole[law.BF16])
+    base = fitting.best(fitting.STARTS, fitting.BASE, whole[law.BF16])
     for method, free, printed, digits in [
             (("QuEST", "BF16"), [6], [.645], 3), (("RTN-absmax", "BF16"), [6], [.606], 3),
             (("SR-absmax", "BF16"), [6], [.433], 3), (("Eden128", "BF16"), [6], [.639], 3),
@@ -180,17 +180,17 @@ def test_the_law_is_the_formula():
 
 def test_coefficients_are_recovered_from_losses_without_noise():
     points = grid([3e7, 6e7, 1e8, 4e8, 1e9], [1e9, 4e9, 1e10, 6e10])
-    assert abs(law.best(law.STARTS, law.BASE, points) - TRUE).max() <= 1e-3
+    assert abs(fitting.best(fitting.STARTS, fitting.BASE, points) - TRUE).max() <= 1e-3
 
 
 def test_coefficients_and_predictions_of_noisy_losses_lie_in_their_intervals_as_often_as_said():
     inside, predicted = [], []
     for seed in range(25):
-        fit = law.fit_base(grid([3e7, 6e7, 1e8, 2e8, 4e8], [1e9, 3e9, 1e10, 3e10], noise=.001, seed=seed), 200)
+        fit = fitting.fit_base(grid([3e7, 6e7, 1e8, 2e8, 4e8], [1e9, 3e9, 1e10, 3e10], noise=.001, seed=seed), 200)
         low, high = np.quantile(fit.draws[:, :6], (.05, .95), axis=0)
         inside.append((low <= TRUE[:6]) & (TRUE[:6] <= high))
         n, d, y = grid([2e8, 8e8], [1e10, 6e10], noise=.001, seed=1000 + seed)
-        loss, low, high = law.predict(fit, n, d)
+        loss, low, high = fitting.predict(fit, n, d)
         assert abs(loss - np.exp(y)).max() <= .04
         predicted.append((low <= np.exp(y)) & (np.exp(y) <= high))
     assert .8 <= np.mean(inside) <= .97 and .8 <= np.mean(predicted) <= .97
@@ -200,7 +200,7 @@ def test_efficiencies_are_recovered_alone_and_as_a_pair():
     sizes, tokens = [3e7, 6e7, 1e8, 4e8, 1e9], [1e9, 4e9, 1e10, 6e10]
     theta = TRUE + [0, 0, 0, 0, 0, 0, np.log(.64), np.log(.93)]
     f, b = theta * [1, 1, 1, 1, 1, 1, 1, 0], theta * [1, 1, 1, 1, 1, 1, 0, 1]
-    base, methods, unfitted = law.fit_all({
+    base, methods, unfitted = fitting.fit_all({
         law.BF16: grid(sizes, tokens, noise=3e-4), ("F", "BF16"): grid(sizes, tokens, f, 3e-4, 1),
         ("BF16", "B"): grid(sizes, tokens, b, 3e-4, 2), ("P", "P"): grid(sizes, tokens, theta, 3e-4, 3),
         ("X", "X"): grid([1e8], [1e9])})
@@ -208,9 +208,9 @@ def test_efficiencies_are_recovered_alone_and_as_a_pair():
         assert abs(np.exp(methods[method].theta[6:]) - want).max() <= .02
         low, high = np.exp(np.quantile(methods[method].draws[:, 6:], (.01, .99), axis=0))
         assert (low <= want).all() and (want <= high).all()
-    composed = law.compose(base, methods, "F", "B")
+    composed = fitting.compose(base, methods, "F", "B")
     assert np.array_equal(composed.theta[6:], [methods["F", "BF16"].theta[6], methods["BF16", "B"].theta[7]])
-    assert np.array_equal(composed.draws[:, :6], base.draws[:, :6]) and law.compose(base, methods, "F", "P") is None
+    assert np.array_equal(composed.draws[:, :6], base.draws[:, :6]) and fitting.compose(base, methods, "F", "P") is None
     assert len(unfitted) == 1 and "X : X" in unfitted[0]
 
 
@@ -218,7 +218,7 @@ def test_efficiencies_are_recovered_alone_and_as_a_pair():
 def held_out(paper):
     "the BF16 runs of both papers, predicted by fits to others: {kind: rows of measured, predicted, low, high}, twice"
     kinds = "one left out", "twice the tokens", "twice the size"
-    rows = [[*law.held_out(points)] for points in (paper[law.BF16], runs.read(SECOND)[0][law.BF16])]
+    rows = [[*fitting.held_out(points)] for points in (paper[law.BF16], runs.read(SECOND)[0][law.BF16])]
     return [{kind: np.array([row[5:] for row in some if row[0] == kind]) for kind in kinds} for some in rows]
 
 
@@ -240,10 +240,10 @@ def test_the_90_percent_interval_holds_80_to_97_percent_of_the_runs_that_were_no
 
 def test_without_the_spread_of_a_single_run_the_interval_would_be_too_narrow():
     sizes, tokens = np.geomspace(3e7, 1e9, 8), np.geomspace(1e9, 1e11, 8)
-    fit = law.fit_base(grid(sizes, tokens, noise=.002))
+    fit = fitting.fit_base(grid(sizes, tokens, noise=.002))
     n, d, y = grid(sizes, tokens, noise=.002, seed=1)
     def inside(fit):
-        _, low, high = law.predict(fit, n, d)
+        _, low, high = fitting.predict(fit, n, d)
         return np.mean((low <= np.exp(y)) & (np.exp(y) <= high))
     assert inside(fit) >= .8 and inside(fit._replace(spread=0 * fit.spread)) <= .6
 
