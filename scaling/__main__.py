@@ -82,8 +82,10 @@ def best(args):
     found, base, methods, _ = load(args.runs)
     measured = os.path.exists(BENCH)
     panels = [speeds(gpu) for gpu in args.gpu or ["bops", "rtx5090", *[BENCH] * measured]]
-    tables = [regions.known(regions.precisions(base, methods, s, args.forward, args.backward)) for s in panels]
-    print(f"The best precision, forward:backward. FP4 is {args.forward} : {args.backward}. In brackets: 90 %.")
+    how = args.forward, args.backward
+    tables = [regions.known(regions.precisions(base, methods, s, *how), *how) for s in panels]
+    print(f"The best precision, forward:backward, at fixed inference and training cost. FP4 is {' : '.join(how)}.\n"
+          "In brackets: 90 % of the law's draws; inf: more than 5000, or nowhere.")
     for s, table in zip(panels, tables):
         print(f"\n{s.name}: {s.source}")
         for N in 1e8, 1e9, 7e9, 7e10:

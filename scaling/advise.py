@@ -30,7 +30,7 @@ def table(base, methods, speeds):
     if speeds.has("fp8"): rows.insert(0, regions.Precision("BF16:BF16", "bf16", "bf16", base))
     sr = "fp4-sr" if speeds.has("fp4-sr") else "fp4"            # if not measured apart
     rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr, fitting.compose(base, methods, "QuEST", "SR-absmax")))
-    return regions.known(rows)
+    return regions.known(rows, "QuEST", "RTN-absmax")
 
 
 def question(rows, N, D):

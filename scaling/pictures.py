@@ -23,7 +23,7 @@ def picture(path, size, panels, draw):
 def law_picture(path, runs, base, methods):
     """loss against tokens, a line a size with its 90 % interval: BF16, and of those quantised whole the most-run"""
     whole = max((m for m in methods if "BF16" not in m), key=lambda m: len(runs[m][0]), default=None)
-    drawn = [(law.BF16, base, "0.3")] + [(whole, fitting.compose(base, methods, *whole), "C3")] * bool(whole)
+    drawn = [(law.BF16, base, "0.3")] + ([(whole, fitting.compose(base, methods, *whole), "C3")] if whole else [])
 
     def draw(plots):
         for method, fit, color in drawn:

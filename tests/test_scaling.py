@@ -302,7 +302,7 @@ def test_a_bad_file_stops_with_one_sentence(cli, tmp_path, text, said):
     ("advise", "--params", "nan", "--tokens", "2B"): "must be positive and finite, got nan",
     ("advise", "--params", "1B", "--tokens", "2B", "--gpu", "rtx9090"): "gpu 'rtx9090' is not bops",
     ("advise", "--params", "1B", "--tokens", "2B", "--gpu", "no.json"): "cannot read no.json",
-    ("regions", "--forward", "LSQ", "--backward", "LSQ"): "nothing to compare",
+    ("regions", "--forward", "LSQ", "--backward", "LSQ"): "no run tells what LSQ : LSQ loses, so there is nothing to compare",
     ("collect", "nothing/log.csv"): "there is no finished run: nothing/log.csv",
 }.items())
 def test_a_bad_command_stops_with_one_sentence(cli, args, said):
@@ -325,7 +325,18 @@ def test_regions_prints_and_draws_the_map_and_says_what_was_not_measured(cli, tm
     assert code == 0 and "predicted, not measured" in out and "This machine was not measured" in out
     assert "100M parameters: FP8:FP4, FP4:FP4 from 92 (" in out
     assert "Llama 3 70B, 214 tokens a parameter: FP4:FP4 (in " in out
-    assert (tmp_path / "out" / "regions.svg").read_text().count("<!-- Gemma 3 27B -->") == 2        # a panel each
+    assert (tmp_path / "out" / "regions.svg").read_text().count(">Gemma 3 27B<") == 2        # a panel each
+
+
+def test_runs_of_bf16_alone_have_a_law_and_nothing_to_compare(cli, tmp_path):
+    bf16 = [line for line in open(PAPER) if line.startswith("params") or ",BF16,BF16," in line]
+    (tmp_path / "bf16.csv").write_text("".join(bf16))
+    code, out, _ = cli("fit", "bf16.csv")
+    assert code == 0 and "1.524e+05" in out and "picture: out/law.svg" in out
+    for args, names in ((["advise", "--params", "1B", "--tokens", "20B", "--gpu", "bops"], "QuEST : RTN-absmax"),
+                        (["regions"], "QuEST : SR-absmax")):
+        code, out, err = cli(*args, "--runs", "bf16.csv")
+        assert code == 2 and not out and f"no run tells what {names} loses, so there is nothing to compare" in err
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_sentence(monkeypatch, tmp_path):
