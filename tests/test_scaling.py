@@ -317,7 +317,8 @@ def test_fit_prints_the_law_its_uncertainty_and_what_it_predicts(cli, tmp_path):
     code, out, err = cli("fit")
     assert code == 0 and "line 8, 21, 56" in err
     for said in "1.524e+05   2.", "QuEST : BF16", "0.648  0.", "twice the size", "measured 2.461": assert said in out
-    assert (tmp_path / "out" / "law.svg").read_text().count("<path") > 50
+    drawn = (tmp_path / "out" / "law.svg").read_text()
+    assert drawn.count(">30.5M<") == 2 and drawn.count(">822M<") == 1 and ">QuEST : SR-absmax<" in drawn
 
 
 def test_regions_prints_and_draws_the_map_and_says_what_was_not_measured(cli, tmp_path):
