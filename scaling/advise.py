@@ -41,6 +41,18 @@ def question(rows, N, D):
     return np.array([np.ravel(fitting.predict(*point)) for point in points]), share
 
 
+def choice(budget, rows, N, D, loss, share):
+    """prints the best precision for a budget, what comes next, and why"""
+    best, second = loss[:, 0].argsort(kind="stable")[:2]        # stable: BF16 before what is no better
+    n, d, (eff_n, eff_d) = N[best], D[best], np.exp(rows[best].fit.theta[6:])
+    why = f"BF16's time pays for {human(n)} parameters on {human(d)} tokens" if best else \
+          "What is faster loses more than its speed can buy back"
+    if eff_n != 1 or eff_d != 1:
+        why += f", worth {human(n * eff_n)} on {human(d * eff_d)} of BF16 (eff_N {eff_n:.2f}, eff_D {eff_d:.2f})"
+    print("Fixed {} budget: {}, loss {:.3f} ({:.3f}-{:.3f})".format(budget, rows[best].name, *loss[best]) +
+          f", the lowest in {share[best]:.0%} of the draws; next {rows[second].name}, {loss[second, 0]:.3f}.\n    {why}.")
+
+
 def outside(what, x, fitted):
     """how far x is from the runs of the fit, in words; nothing if it is among them"""
     low, high = np.exp(min(fitted)), np.exp(max(fitted))
@@ -65,16 +77,11 @@ def advise(runs, base, methods, speeds, N, D):
         print(f"{p.name:10s}  {loss:.3f}  {low:.3f}-{high:.3f} {1 / tr[i]:8.2f} {1 / fw[i]:6.2f}   "
               f"{human(train[1][i]):>7s} {train[2][i, 0]:6.3f} {train[3][i]:6.0%}   "
               f"{human(both[0][i]):>7s} {human(both[1][i]):>7s} {both[2][i, 0]:6.3f} {both[3][i]:7.0%}")
-    print("training, infer.: time relative to BF16. best: in which share of the law's draws its loss is the lowest.\n")
+    print("training, infer.: time relative to BF16. best: in which share of the law's draws its loss is the lowest.\n"
+          "FP4 is QuEST forward, RTN-absmax backward (--precision fp4), or SR-absmax backward (fp4-sr).\n")
 
-    for budget, (n, d, loss, _) in ("training", train), ("inference and training", both):
-        i = loss[:, 0].argmin()
-        print(f"Fixed {budget} budget: {rows[i].name}, loss {loss[i, 0]:.3f} ({loss[i, 1]:.3f}-{loss[i, 2]:.3f}); "
-              f"BF16 {loss[0, 0]:.3f}.")
-        eff_n, eff_d = np.exp(rows[i].fit.theta[6:])
-        print(f"    BF16's time pays for {human(n[i])} parameters on {human(d[i])} tokens: by eff_N {eff_n:.2f} and "
-              f"eff_D {eff_d:.2f}\n    as good as {human(n[i] * eff_n)} on {human(d[i] * eff_d)} in BF16." if i else
-              "    Nothing is faster by enough to make up for what it loses.")
+    choice("training", rows, *train)
+    choice("inference and training", rows, *both)
     print()
     if any(p.name == "FP8:FP8" and p.fit is base for p in rows): print("FP8 is given BF16's loss, as in the paper.")
     for sentence in speeds.steps: print(sentence)
