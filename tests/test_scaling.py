@@ -406,6 +406,26 @@ def test_the_bench_is_read_as_times_of_models_of_the_widths_measured(tmp_path):
     assert s.outside(1e8) == "" and "was only measured on" in s.outside(1e12)
 
 
+def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
+    "fp4/bench.py's own main on a made-up GPU, on which fp4 takes half of bf16's time"
+    from fp4 import bench as writer
+    def linear(M, N, K, row): return dict(forward_ms=4., backward_ms=8., ms=12., called_ms=13.) if row == "bf16" else \
+                                     dict(forward_ms=2., backward_ms=4., ms=6., called_ms=7.)
+    for what, value in dict(kernels=list, product=lambda *_: dict(ms=1.), linear=linear,
+                            steps=lambda sizes: [dict(size="30M", row=row, ms=ms) for row, ms in (("bf16", 2.), ("fp4", 3.))],
+                            report=str, RESULTS=str(tmp_path / "bench.json"), README=str(tmp_path / "README.md")).items():
+        monkeypatch.setattr(writer, what, value)
+    for what, value in dict(is_available=True, get_device_name="Test GPU", get_device_capability=(9, 0)).items():
+        monkeypatch.setattr(torch.cuda, what, lambda value=value: value)
+    monkeypatch.setattr(fp4, "build", lambda: "kernels")
+    (tmp_path / "README.md").write_text("".join(writer.MARKERS))
+    assert writer.main([]) == 0
+    s = speeds.speeds(writer.RESULTS)
+    assert s.name == "Test GPU" and s.has("fp8") and "30M there: fp4 takes 1.50 of bf16's time" in s.steps[0]
+    assert len(s.sizes) == len({min(shape[1:]) for shape in writer.SHAPES + writer.WIDTHS})
+    assert np.allclose(regions.faster(s, "fp4", "fp4-sr", "bf16", 1e9), 2)
+
+
 def test_a_gpu_without_fp8_is_compared_with_bf16(cli, tmp_path):
     path = bench(tmp_path / "bench.json", rows=("bf16", "fp4"))
     code, out, _ = cli("regions")                               # this machine's file is found by itself
