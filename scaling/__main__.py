@@ -61,8 +61,8 @@ def fit(args):
     for forward, backward in [m for m in methods if {(m[0], "BF16"), ("BF16", m[1])} <= methods.keys()]:
         n, d, y = found[forward, backward]
         error = np.exp(law.log_loss(fitting.compose(base, methods, forward, backward).theta, n, d)) - np.exp(y)
-        print(f"{forward} : {backward} composed of its two halves: error {abs(error).mean():.4f} on average, "
-              f"{error.mean():+.4f} in the mean of {len(y)} runs")
+        print(f"{forward} : {backward} predicted from its two halves: error {abs(error).mean():.4f} on average, "
+              f"{abs(error).max():.4f} at most, {error.mean():+.4f} with its sign")
 
     rows = list(fitting.held_out(found[law.BF16]))
     print("\nBF16 runs predicted by a fit to others    runs   mean error   largest   inside the 90 % interval")
@@ -92,7 +92,7 @@ def best(args):
             (first, *_), *others = regions.boundaries(table, s, N)
             line = f"  {human(N):>4s} parameters: {first}"
             for name, ratio, low, high in others:
-                line += f", {name} from {ratio:.0f} ({low:.0f}-{high:.0f}) tokens a parameter"
+                line += f", then {name} from {ratio:.0f} ({low:.0f}-{high:.0f}) tokens a parameter on"
             print(line + "  [this size was not measured]" * bool(s.outside(N)))
         for name, (N, D) in regions.MODELS.items():
             budgets = np.array([N]), np.array([D])

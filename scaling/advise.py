@@ -62,7 +62,7 @@ def outside(what, x, fitted):
 
 
 def advise(runs, base, methods, speeds, N, D):
-    """prints the three questions' answers, the two choices with their reasons, and how far outside the runs that is"""
+    """prints the table of the three questions, the best choice for each budget, and how far outside the runs that is"""
     rows = table(base, methods, speeds)
     fw, tr = np.array([regions.faster(speeds, p.forward, p.backward, "bf16", N) for p in rows]).T
     one = np.ones(len(rows))

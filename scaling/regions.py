@@ -62,7 +62,7 @@ def losses(table, speeds, N, D, draws=False):
 
 
 def boundaries(table, speeds, N, ratios=np.geomspace(5, 5000, 1400)):
-    """going up in tokens per parameter: (best precision, from which ratio on, low, high), 90 % of the draws"""
+    """going up in tokens per parameter, yields (best precision, from which ratio on, low, high): 90 % of the draws"""
     N = np.full(len(ratios), float(N))
     best = losses(table, speeds, N, N * ratios).argmin(0)
     drawn = losses(table, speeds, N, N * ratios, draws=True).argmin(0)              # (draws, ratios)
