@@ -14,6 +14,8 @@ from scaling import advise, fitting, law, pictures, regions, runs       # numpy,
 from scaling.advise import human, span
 from scaling.runs import Stop, check
 from scaling.speeds import BENCH, speeds
+VAGUE = "not determined"                                        # said in place of an interval
+UNTOLD = dict(alpha=": these runs do not tell what size does", beta=": these runs do not tell what tokens do")
 
 
 def number(text):
@@ -34,7 +36,7 @@ def load(path):
 
 def interval(draws):
     low, high = np.quantile(draws, (.05, .95), method="nearest")
-    return f"{low:.3g} - {high:.3g}" if 1e-9 < high <= 100 * low else "not determined"
+    return f"{low:.3g} - {high:.3g}" if 1e-9 < high <= 100 * low else VAGUE
 
 
 # ---- the commands
@@ -45,15 +47,18 @@ def fit(args):
     print("L = (A / (N eff_N)^alpha + B / (D eff_D)^beta)^gamma + E\n"
           f"{len(y)} BF16 runs of {span(n)} parameters on {span(d)} tokens\n\n{'':6s} {'best':>10s}   90 %")
     for i, name in enumerate(law.NAMES[:6]):
-        value = (lambda x: np.exp(np.minimum(x, 99))) if name.startswith("ln ") else np.asarray
-        print(f"{name.removeprefix('ln '):6s} {value(base.theta[i]):10.4g}   {interval(value(base.draws[:, i]))}")
+        plain = (lambda x: np.exp(np.minimum(x, 99))) if name.startswith("ln ") else np.asarray
+        fitted, drawn = f"{plain(base.theta[i]):.4g}", interval(plain(base.draws[:, i]))
+        if abs(base.theta[i]) > 99: fitted, drawn = "", VAGUE   # the fit ran away: this term is nowhere in the runs
+        if drawn == VAGUE: drawn += UNTOLD.get(name, "")
+        print(f"{name.removeprefix('ln '):6s} {fitted:>10s}   {drawn}")
     error = abs(np.exp(law.log_loss(base.theta, n, d)) - np.exp(y))
     print(f"error of the fit: {error.mean():.4f} on average, {error.max():.4f} at most")
 
     print(f"\n{'forward : backward':52s} runs  {'eff_N':>6s}  {'90 %':15s} {'eff_D':>6s}  90 %")
     for method, f in methods.items():
         line = f"{' : '.join(method):52.52s} {len(found[method][0]):4d}  "
-        for i in fitting.EFF:                                       # BF16's is 1 and is not fitted
+        for i in fitting.EFF:                                   # BF16's is 1 and is not fitted
             drawn = interval(np.exp(np.minimum(f.draws[:, i], 99)))
             line += f"{np.exp(f.theta[i]):6.3f}  {drawn:15s} " if f.theta[i] else " " * 24
         print(line.rstrip())
@@ -116,8 +121,7 @@ def collect(args):
     rows, left_out = sweep.collect(args.logs)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writeheader(), writer.writerows(rows)
 
 
 def train(args):

@@ -321,6 +321,17 @@ def test_fit_prints_the_law_its_uncertainty_and_what_it_predicts(cli, tmp_path):
     assert drawn.count(">30.5M<") == 2 and drawn.count(">822M<") == 1 and ">QuEST : SR-absmax<" in drawn
 
 
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_a_fit_says_when_the_runs_do_not_tell_what_the_size_does(cli, tmp_path, noise):
+    n, d, y = grid([3e7, 6e7, 1e8], [1e9, 2e9, 4e9, 8e9], TRUE * [-9, 1, 1, 1, 1, 1, 1, 1], noise)
+    rows = [f"{N:.0f},{D:.0f},BF16,BF16,{L:.5f}\n" for N, D, L in zip(*np.exp((n, d, y)))]
+    (tmp_path / "runs.csv").write_text(HEAD + "".join(rows))
+    code, out, _ = cli("fit", "runs.csv")
+    assert code == 0 and "not determined: these runs do not tell what size does\n" in out
+    assert "e+42" not in out                                    # no number where there is none
+    assert "do not tell" not in cli("fit")[1]
+
+
 def test_regions_prints_and_draws_the_map_and_says_what_was_not_measured(cli, tmp_path):
     code, out, _ = cli("regions")
     assert code == 0 and "predicted, not measured" in out and "This machine was not measured" in out
