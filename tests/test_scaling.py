@@ -550,7 +550,7 @@ def test_a_sweep_trains_what_is_not_finished_and_its_runs_are_collected(cli, tmp
     corpus = prepare.prepare(str(tmp_path / "text.py"), 320, out=str(tmp_path / "corpus"))
     for device in "cpu", "cuda":
         flags = "--batch", "4", "--seq", "32", "--device", "cpu"
-        monkeypatch.setitem(sweep.SWEEPS, device, (("toy64",), (256, 512), corpus, flags))
+        monkeypatch.setitem(sweep.SWEEPS, device, (("toy64",), (256, 512), corpus, 0, flags))
     monkeypatch.setattr(sweep, "SIZES", dict(SIZES))
     monkeypatch.setattr(quartet, "SIZES", sweep.SIZES)
     assert cli("sweep", "--out", "law")[0] == 0
