@@ -1,7 +1,7 @@
 """
 A sweep of one's own. `sweep` trains sizes x tokens x (bf16, fp4) with quartet.py; interrupted, it continues with the
-first run that is not finished. On a GPU it is a small real one; on a CPU a toy, minutes of models so small that a law
-is about to show, and its intervals say how little. `collect` turns the logs of finished runs into the fit's input.
+first run that is not finished. On a GPU it is a small real one; on a CPU a toy of minutes, with a law of its own that
+its intervals call uncertain. `collect` turns the logs of finished runs into the fit's input.
 """
 import csv, glob, json, math, os
 import torch
@@ -12,8 +12,8 @@ from model import SIZES
 from scaling.runs import COLUMNS, Stop, check
 from scaling.speeds import params
 
-# layers, width, heads, lr: below tiny, so that a CPU has three sizes; with a small vocabulary their size begins to matter
-TOY = {"toy32": (1, 32, 1, 8e-3), "toy64": (2, 64, 1, 2e-3), "toy96": (3, 96, 1, 2e-3)}
+# layers, width, heads, lr: below tiny; with one layer and a small vocabulary size matters within minutes
+TOY = {f"toy{C}": (1, C, 1, .256 / C) for C in (32, 64, 128)}
 SWEEPS = {  # sizes, tokens, corpus, its vocabulary if not the usual one, flags
     "cpu":  (TOY, (2**16, 3 * 2**15, 2**17, 2**18), "stdlib", 320, ("--seq", "128", "--batch", "4")),
     "cuda": (("30M", "50M", "100M"), (25e6, 50e6, 100e6, 200e6), "python", 0, ("--batch", "256", "--compile"))}
