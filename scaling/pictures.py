@@ -58,7 +58,7 @@ def region_picture(path, panels, tables, runs):
             for i in set(best.ravel()):
                 where = np.argwhere(best == i)
                 y, x = where[((where - where.mean(0)) ** 2).sum(1).argmin()]
-                plot.text(sizes[x], ratios[y], table[i].name, ha="center", fontsize=9)
+                plot.text(sizes[x], ratios[y], table[i].name, ha="center", va="top", fontsize=9)
             for name, (params, tokens) in regions.MODELS.items():
                 left = name not in ("Gemma 3 1B", "Gemma 3 12B")                # the others have something on their right
                 plot.plot(params, tokens / params, "k.")
