@@ -14,7 +14,7 @@ train: kernels pictures ## train the tiny model in FP4 on the default corpus, th
 ablation: kernels pictures ## the same model in BF16 (float32 on a CPU) and in FP4: one table, one picture
 	$(PYTHON) quartet.py --precision bf16,fp4 --size tiny
 
-law: kernels pictures ## train a small sweep in BF16 and FP4, on a CPU a toy, fit the scaling law to it, draw it; goes on where it stopped
+law: kernels pictures ## train a small sweep in BF16 and FP4, on a CPU a toy of 3 minutes, and fit the scaling law to it; goes on where it stopped
 	$(PYTHON) -m scaling sweep --out out/law
 	$(PYTHON) -m scaling collect 'out/law/*/log.csv' > out/law/runs.csv
 	$(PYTHON) -m scaling fit out/law/runs.csv --picture out/law/law.svg

@@ -26,6 +26,7 @@ METHODS = {"bf16": ("BF16", "BF16"), "fp4": ("QuEST", "RTN-absmax"), "fp4-sr": (
 def sweep(out, data=""):
     sizes, budgets, corpus, vocab, flags = SWEEPS["cuda" if torch.cuda.is_available() else "cpu"]
     SIZES.update(TOY)                                           # here only: they serve nothing else
+    if not torch.cuda.is_available(): torch.set_num_threads(1)  # on a busy machine two are many times slower
     try: data = data or (prepare.prepare(corpus, vocab, out=os.path.join(out, "corpus")) if vocab else corpus)
     except tokens.DataError as error: raise Stop(str(error))
     for budget in budgets:

@@ -552,6 +552,7 @@ def test_a_sweep_trains_what_is_not_finished_and_its_runs_are_collected(cli, tmp
         flags = "--batch", "4", "--seq", "32", "--device", "cpu"
         monkeypatch.setitem(sweep.SWEEPS, device, (("toy64",), (256, 512), corpus, 0, flags))
     monkeypatch.setattr(sweep, "SIZES", dict(SIZES))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)           # the other tests keep theirs
     monkeypatch.setattr(quartet, "SIZES", sweep.SIZES)
     assert cli("sweep", "--out", "law")[0] == 0
     logs = glob.glob("law/*/log.csv")
