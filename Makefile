@@ -14,6 +14,11 @@ train: kernels pictures ## train the tiny model in FP4 on the default corpus, th
 ablation: kernels pictures ## the same model in BF16 (float32 on a CPU) and in FP4: one table, one picture
 	$(PYTHON) quartet.py --precision bf16,fp4 --size tiny
 
+law: kernels pictures ## train a small sweep in BF16 and FP4, on a CPU a toy of 3 minutes, and fit the scaling law to it; goes on where it stopped
+	$(PYTHON) -m scaling sweep --out out/law
+	$(PYTHON) -m scaling collect 'out/law/*/log.csv' > out/law/runs.csv
+	$(PYTHON) -m scaling fit out/law/runs.csv --picture out/law/law.svg
+
 kernels: $(INSTALLED) ## compile the kernels for this machine
 	@start=$$(date +%s); $(PYTHON) -c "import fp4; fp4.build()" && echo "make kernels: $$(($$(date +%s) - start)) s"
 
@@ -59,4 +64,4 @@ clean:          ## remove what was built and prepared; keeps out/
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: help train ablation kernels pictures bench compile $(JOBS) sanitize test lines clean
+.PHONY: help train ablation law kernels pictures bench compile $(JOBS) sanitize test lines clean

@@ -10,10 +10,12 @@ fitted to the authors' runs or to yours.
 """
 import argparse, csv, os, sys
 import numpy as np
-from scaling import advise, law, pictures, regions, runs        # numpy, no torch: an answer takes seconds
+from scaling import advise, fitting, law, pictures, regions, runs       # numpy, no torch: an answer takes seconds
 from scaling.advise import human, span
 from scaling.runs import Stop, check
 from scaling.speeds import BENCH, speeds
+VAGUE = "not determined"                                        # said in place of an interval
+UNTOLD = dict(alpha=": these runs do not tell what size does", beta=": these runs do not tell what tokens do")
 
 
 def number(text):
@@ -29,12 +31,12 @@ def load(path):
     """the runs and everything that is fitted to them"""
     found, left_out = runs.read(path)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
-    return found, *law.fit_all(found)
+    return found, *fitting.fit_all(found)
 
 
 def interval(draws):
     low, high = np.quantile(draws, (.05, .95), method="nearest")
-    return f"{low:.3g} - {high:.3g}" if 1e-9 < high <= 100 * low else "not determined"
+    return f"{low:.3g} - {high:.3g}" if 1e-9 < high <= 100 * low else VAGUE
 
 
 # ---- the commands
@@ -45,26 +47,29 @@ def fit(args):
     print("L = (A / (N eff_N)^alpha + B / (D eff_D)^beta)^gamma + E\n"
           f"{len(y)} BF16 runs of {span(n)} parameters on {span(d)} tokens\n\n{'':6s} {'best':>10s}   90 %")
     for i, name in enumerate(law.NAMES[:6]):
-        value = (lambda x: np.exp(np.minimum(x, 99))) if name.startswith("ln ") else np.asarray
-        print(f"{name.removeprefix('ln '):6s} {value(base.theta[i]):10.4g}   {interval(value(base.draws[:, i]))}")
+        plain = (lambda x: np.exp(np.minimum(x, 99))) if name.startswith("ln ") else np.asarray
+        fitted, drawn = f"{plain(base.theta[i]):.4g}", interval(plain(base.draws[:, i]))
+        if abs(base.theta[i]) > 99: fitted, drawn = "", VAGUE   # the fit ran away: this term is nowhere in the runs
+        if drawn == VAGUE: drawn += UNTOLD.get(name, "")
+        print(f"{name.removeprefix('ln '):6s} {fitted:>10s}   {drawn}")
     error = abs(np.exp(law.log_loss(base.theta, n, d)) - np.exp(y))
     print(f"error of the fit: {error.mean():.4f} on average, {error.max():.4f} at most")
 
     print(f"\n{'forward : backward':52s} runs  {'eff_N':>6s}  {'90 %':15s} {'eff_D':>6s}  90 %")
     for method, f in methods.items():
         line = f"{' : '.join(method):52.52s} {len(found[method][0]):4d}  "
-        for i in law.EFF:                                       # BF16's is 1 and is not fitted
+        for i in fitting.EFF:                                   # BF16's is 1 and is not fitted
             drawn = interval(np.exp(np.minimum(f.draws[:, i], 99)))
             line += f"{np.exp(f.theta[i]):6.3f}  {drawn:15s} " if f.theta[i] else " " * 24
         print(line.rstrip())
     for sentence in unfitted: print(sentence)
     for forward, backward in [m for m in methods if {(m[0], "BF16"), ("BF16", m[1])} <= methods.keys()]:
         n, d, y = found[forward, backward]
-        error = np.exp(law.log_loss(law.compose(base, methods, forward, backward).theta, n, d)) - np.exp(y)
-        print(f"{forward} : {backward} composed of its two halves: error {abs(error).mean():.4f} on average, "
-              f"{error.mean():+.4f} in the mean of {len(y)} runs")
+        error = np.exp(law.log_loss(fitting.compose(base, methods, forward, backward).theta, n, d)) - np.exp(y)
+        print(f"{forward} : {backward} predicted from its two halves: error {abs(error).mean():.4f} on average, "
+              f"{abs(error).max():.4f} at most, {error.mean():+.4f} with its sign")
 
-    rows = list(law.held_out(found[law.BF16]))
+    rows = list(fitting.held_out(found[law.BF16]))
     print("\nBF16 runs predicted by a fit to others    runs   mean error   largest   inside the 90 % interval")
     for kind in dict.fromkeys(row[0] for row in rows):
         measured, predicted, low, high = np.array([row[5:] for row in rows if row[0] == kind]).T
@@ -82,15 +87,17 @@ def best(args):
     found, base, methods, _ = load(args.runs)
     measured = os.path.exists(BENCH)
     panels = [speeds(gpu) for gpu in args.gpu or ["bops", "rtx5090", *[BENCH] * measured]]
-    tables = [regions.known(regions.precisions(base, methods, s, args.forward, args.backward)) for s in panels]
-    print(f"The best precision, forward:backward. FP4 is {args.forward} : {args.backward}. In brackets: 90 %.")
+    how = args.forward, args.backward
+    tables = [regions.known(regions.precisions(base, methods, s, *how), *how) for s in panels]
+    print(f"The best precision, forward:backward, at fixed inference and training cost. FP4 is {' : '.join(how)}.\n"
+          "In brackets: 90 % of the law's draws; inf: more than 5000, or nowhere.")
     for s, table in zip(panels, tables):
         print(f"\n{s.name}: {s.source}")
         for N in 1e8, 1e9, 7e9, 7e10:
             (first, *_), *others = regions.boundaries(table, s, N)
             line = f"  {human(N):>4s} parameters: {first}"
             for name, ratio, low, high in others:
-                line += f", {name} from {ratio:.0f} ({low:.0f}-{high:.0f}) tokens a parameter"
+                line += f", then {name} from {ratio:.0f} ({low:.0f}-{high:.0f}) tokens a parameter on"
             print(line + "  [this size was not measured]" * bool(s.outside(N)))
         for name, (N, D) in regions.MODELS.items():
             budgets = np.array([N]), np.array([D])
@@ -114,8 +121,7 @@ def collect(args):
     rows, left_out = sweep.collect(args.logs)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writeheader(), writer.writerows(rows)
 
 
 def train(args):

@@ -10,7 +10,7 @@ Three questions about N parameters and D tokens, each against BF16:
 Times are of the linears in the blocks (speeds.py): attention, head and optimizer, not in them, dilute every saving.
 """
 import numpy as np
-from scaling import law, regions
+from scaling import fitting, law, regions
 from scaling.runs import check
 
 
@@ -29,8 +29,8 @@ def table(base, methods, speeds):
     rows = regions.precisions(base, methods, speeds, "QuEST", "RTN-absmax")
     if speeds.has("fp8"): rows.insert(0, regions.Precision("BF16:BF16", "bf16", "bf16", base))
     sr = "fp4-sr" if speeds.has("fp4-sr") else "fp4"            # if not measured apart
-    rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr, law.compose(base, methods, "QuEST", "SR-absmax")))
-    return regions.known(rows)
+    rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr, fitting.compose(base, methods, "QuEST", "SR-absmax")))
+    return regions.known(rows, "QuEST", "RTN-absmax")
 
 
 def question(rows, N, D):
@@ -38,7 +38,19 @@ def question(rows, N, D):
     points = [(p.fit, np.log([n]), np.log([d])) for p, n, d in zip(rows, N, D)]
     drawn = np.array([law.log_loss(fit.draws, n, d)[:, 0] for fit, n, d in points])
     share = np.bincount(drawn.argmin(0), minlength=len(rows)) / drawn.shape[1]
-    return np.array([np.ravel(law.predict(*point)) for point in points]), share
+    return np.array([np.ravel(fitting.predict(*point)) for point in points]), share
+
+
+def choice(budget, rows, N, D, loss, share):
+    """prints the best precision for a budget, what comes next, and why"""
+    best, second = loss[:, 0].argsort(kind="stable")[:2]        # stable: BF16 before what is no better
+    n, d, (eff_n, eff_d) = N[best], D[best], np.exp(rows[best].fit.theta[6:])
+    why = f"BF16's time pays for {human(n)} parameters on {human(d)} tokens" if best else \
+          "What is faster loses more than its speed can buy back"
+    if eff_n != 1 or eff_d != 1:
+        why += f", worth {human(n * eff_n)} on {human(d * eff_d)} of BF16 (eff_N {eff_n:.2f}, eff_D {eff_d:.2f})"
+    print("Fixed {} budget: {}, loss {:.3f} ({:.3f}-{:.3f})".format(budget, rows[best].name, *loss[best]) +
+          f", the lowest in {share[best]:.0%} of the draws; next {rows[second].name}, {loss[second, 0]:.3f}.\n    {why}.")
 
 
 def outside(what, x, fitted):
@@ -50,7 +62,7 @@ def outside(what, x, fitted):
 
 
 def advise(runs, base, methods, speeds, N, D):
-    """prints the three questions' answers, the two choices with their reasons, and how far outside the runs that is"""
+    """prints the table of the three questions, the best choice for each budget, and how far outside the runs that is"""
     rows = table(base, methods, speeds)
     fw, tr = np.array([regions.faster(speeds, p.forward, p.backward, "bf16", N) for p in rows]).T
     one = np.ones(len(rows))
@@ -65,16 +77,11 @@ def advise(runs, base, methods, speeds, N, D):
         print(f"{p.name:10s}  {loss:.3f}  {low:.3f}-{high:.3f} {1 / tr[i]:8.2f} {1 / fw[i]:6.2f}   "
               f"{human(train[1][i]):>7s} {train[2][i, 0]:6.3f} {train[3][i]:6.0%}   "
               f"{human(both[0][i]):>7s} {human(both[1][i]):>7s} {both[2][i, 0]:6.3f} {both[3][i]:7.0%}")
-    print("training, infer.: time relative to BF16. best: in which share of the law's draws its loss is the lowest.\n")
+    print("training, infer.: time relative to BF16. best: in which share of the law's draws its loss is the lowest.\n"
+          "FP4 is QuEST forward, RTN-absmax backward (--precision fp4), or SR-absmax backward (fp4-sr).\n")
 
-    for budget, (n, d, loss, _) in ("training", train), ("inference and training", both):
-        i = loss[:, 0].argmin()
-        print(f"Fixed {budget} budget: {rows[i].name}, loss {loss[i, 0]:.3f} ({loss[i, 1]:.3f}-{loss[i, 2]:.3f}); "
-              f"BF16 {loss[0, 0]:.3f}.")
-        eff_n, eff_d = np.exp(rows[i].fit.theta[6:])
-        print(f"    BF16's time pays for {human(n[i])} parameters on {human(d[i])} tokens: by eff_N {eff_n:.2f} and "
-              f"eff_D {eff_d:.2f}\n    as good as {human(n[i] * eff_n)} on {human(d[i] * eff_d)} in BF16." if i else
-              "    Nothing is faster by enough to make up for what it loses.")
+    choice("training", rows, *train)
+    choice("inference and training", rows, *both)
     print()
     if any(p.name == "FP8:FP8" and p.fit is base for p in rows): print("FP8 is given BF16's loss, as in the paper.")
     for sentence in speeds.steps: print(sentence)

@@ -1,7 +1,7 @@
 """The law and the regions as pictures. Each function returns a sentence: where the picture is, or why there is none."""
 import os
 import numpy as np
-from scaling import law, regions
+from scaling import fitting, law, regions
 from scaling.advise import human
 
 # of the four precisions, in the order of the table: grey, orange, blue, green
@@ -10,12 +10,15 @@ COLORS = np.array([(.85, .85, .85), (.96, .77, .56), (.66, .81, .91), (.65, .85,
 
 def picture(path, size, panels, draw):
     """draw(plots) into path"""
-    try: from matplotlib.figure import Figure
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
     except ImportError: return "(no picture: matplotlib is not installed)"
     figure = Figure(figsize=size, layout="constrained")
     draw(np.ravel(figure.subplots(1, panels, sharey=True)))
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try: figure.savefig(path)
+    try:
+        with rc_context({"svg.fonttype": "none"}): figure.savefig(path)         # letters as letters: half the size
     except ValueError as error: return f"(no picture: {error})"  # a kind of file that matplotlib does not know
     return f"picture: {path}"
 
@@ -23,7 +26,7 @@ def picture(path, size, panels, draw):
 def law_picture(path, runs, base, methods):
     """loss against tokens, a line a size with its 90 % interval: BF16, and of those quantised whole the most-run"""
     whole = max((m for m in methods if "BF16" not in m), key=lambda m: len(runs[m][0]), default=None)
-    drawn = [(law.BF16, base, "0.3")] + [(whole, law.compose(base, methods, *whole), "C3")] * bool(whole)
+    drawn = [(law.BF16, base, "0.3")] + ([(whole, fitting.compose(base, methods, *whole), "C3")] if whole else [])
 
     def draw(plots):
         for method, fit, color in drawn:
@@ -31,8 +34,8 @@ def law_picture(path, runs, base, methods):
             plots[0].plot(np.exp(d), np.exp(runs[method][2]), ".", color=color, label=" : ".join(method))
             for size in sorted(set(n)):
                 of_size = d[n == size]
-                d_line = np.linspace(min(of_size) - .2, max(of_size) + .2, 60)
-                loss, low, high = law.predict(fit, np.full(60, size), d_line)
+                d_line = np.linspace(min(of_size) - .2, max(of_size) + .2, 30)
+                loss, low, high = fitting.predict(fit, np.full(30, size), d_line)
                 plots[0].plot(np.exp(d_line), loss, color=color, linewidth=1)
                 plots[0].fill_between(np.exp(d_line), low, high, color=color, alpha=.15, linewidth=0)
                 end = np.exp(d_line[-1]), loss[-1]
@@ -55,9 +58,9 @@ def region_picture(path, panels, tables, runs):
             for i in set(best.ravel()):
                 where = np.argwhere(best == i)
                 y, x = where[((where - where.mean(0)) ** 2).sum(1).argmin()]
-                plot.text(sizes[x], ratios[y], table[i].name, ha="center", fontsize=9)
+                plot.text(sizes[x], ratios[y], table[i].name, ha="center", va="top", fontsize=9)
             for name, (params, tokens) in regions.MODELS.items():
-                left = params > 2e10
+                left = name not in ("Gemma 3 1B", "Gemma 3 12B")                # the others have something on their right
                 plot.plot(params, tokens / params, "k.")
                 plot.annotate(name, (params, tokens / params), fontsize=6, va="center", ha="right" if left else "left",
                               xytext=(-4 if left else 4, 0), textcoords="offset points")

@@ -10,7 +10,7 @@ Many: the larger model that an FP4 forward pass affords has time to learn.
 """
 from typing import NamedTuple
 import numpy as np
-from scaling import law
+from scaling import fitting, law
 from scaling.runs import check
 
 #          parameters, training tokens
@@ -22,13 +22,13 @@ class Precision(NamedTuple):
     name: str                   # forward:backward
     forward: str                # whose times the forward pass has, and
     backward: str               # whose the backward pass
-    fit: law.Fit                # its law; None if the runs do not tell it
+    fit: fitting.Fit                # its law; None if the runs do not tell it
 
 
 def precisions(base, methods, speeds, forward, backward):
     """the paper's four. FP8 loses nothing in its model; where FP8 was not measured, BF16 takes its place"""
     wide = "fp8" if speeds.has("fp8") else "bf16"
-    fit = lambda *how: law.compose(base, methods, *how)
+    fit = lambda *how: fitting.compose(base, methods, *how)
     fp8 = wide == "fp8" and fit("fp8", "fp8") or base           # a sweep of one's own may have runs of it
     return [Precision(f"{wide.upper()}:{wide.upper()}", wide, wide, fp8),
             Precision(f"{wide.upper()}:FP4", wide, "fp4", fit("BF16", backward)),
@@ -36,10 +36,12 @@ def precisions(base, methods, speeds, forward, backward):
             Precision("FP4:FP4", "fp4", "fp4", fit(forward, backward))]
 
 
-def known(table):
+def known(table, forward, backward):
     """the rows whose law the runs tell"""
     found = [p for p in table if p.fit]
-    check(len(found) > 1, "the runs hold no quantised forward or backward pass of these names, so nothing to compare")
+    check(len({id(p.fit) for p in found}) > 1,                  # FP8 without runs of its own has BF16's law
+          f"no run tells what {forward} : {backward} loses, so there is nothing to compare; "
+          "`python -m scaling fit` lists what the runs are of")
     return found
 
 
@@ -60,7 +62,7 @@ def losses(table, speeds, N, D, draws=False):
 
 
 def boundaries(table, speeds, N, ratios=np.geomspace(5, 5000, 1400)):
-    """going up in tokens per parameter: (best precision, from which ratio on, low, high), 90 % of the draws"""
+    """going up in tokens per parameter, yields (best precision, from which ratio on, low, high): 90 % of the draws"""
     N = np.full(len(ratios), float(N))
     best = losses(table, speeds, N, N * ratios).argmin(0)
     drawn = losses(table, speeds, N, N * ratios, draws=True).argmin(0)              # (draws, ratios)

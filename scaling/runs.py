@@ -55,5 +55,5 @@ def read(path):
         check(key not in seen, f"{where} repeats line {seen.get(key)}: one run of a kind, or the average of several")
         seen[key] = number
         points[method].append((N, D, L))
-    left_out = [f"{path}, marked with #: line {', '.join(marked)}"] * bool(marked) + diverged
+    left_out = [f"{path}, lines marked with #: {', '.join(marked)}"] * bool(marked) + diverged
     return {method: tuple(np.log(np.array(rows).T)) for method, rows in points.items()}, left_out

@@ -1,20 +1,22 @@
 """
 A sweep of one's own. `sweep` trains sizes x tokens x (bf16, fp4) with quartet.py; interrupted, it continues with the
-first run that is not finished. On a GPU it is a small real one; on a CPU a toy, too short for the size of a model to
-matter, and its fit says so. `collect` turns the logs of finished runs into the fit's input.
+first run that is not finished. On a GPU it is a small real one; on a CPU a toy of minutes, with a law of its own that
+its intervals call uncertain. `collect` turns the logs of finished runs into the fit's input.
 """
 import csv, glob, json, math, os
 import torch
 import quartet
+from data import prepare, tokens
 from fp4 import AXES
 from model import SIZES
-from scaling.runs import COLUMNS, check
+from scaling.runs import COLUMNS, Stop, check
 from scaling.speeds import params
 
-TOY = {"toy64": (2, 64, 1, 4e-3), "toy96": (3, 96, 1, 3e-3)}                # below tiny, so that a CPU has three sizes
-SWEEPS = {          # sizes, tokens, corpus, flags
-    "cpu":  (("toy64", "toy96", "tiny"), (2**15, 2**16, 2**17, 2**18), "stdlib", ("--seq", "128", "--batch", "8")),
-    "cuda": (("30M", "50M", "100M"), (25e6, 50e6, 100e6, 200e6), "python", ("--batch", "256", "--compile"))}
+# layers, width, heads, lr: below tiny; with one layer and a small vocabulary size matters within minutes
+TOY = {f"toy{C}": (1, C, 1, .256 / C) for C in (32, 64, 128)}
+SWEEPS = {  # sizes, tokens, corpus, its vocabulary if not the usual one, flags
+    "cpu":  (TOY, (2**16, 3 * 2**15, 2**17, 2**18), "stdlib", 320, ("--seq", "128", "--batch", "4")),
+    "cuda": (("30M", "50M", "100M"), (25e6, 50e6, 100e6, 200e6), "python", 0, ("--batch", "256", "--compile"))}
 
 # a row of fp4/recipes.py in the words of the authors' runs; any other row is a method of its own, forward and backward
 METHODS = {"bf16": ("BF16", "BF16"), "fp4": ("QuEST", "RTN-absmax"), "fp4-sr": ("QuEST", "SR-absmax"),
@@ -22,16 +24,19 @@ METHODS = {"bf16": ("BF16", "BF16"), "fp4": ("QuEST", "RTN-absmax"), "fp4-sr": (
 
 
 def sweep(out, data=""):
-    sizes, budgets, corpus, flags = SWEEPS["cuda" if torch.cuda.is_available() else "cpu"]
+    sizes, budgets, corpus, vocab, flags = SWEEPS["cuda" if torch.cuda.is_available() else "cpu"]
     SIZES.update(TOY)                                           # here only: they serve nothing else
-    for tokens in budgets:
+    if not torch.cuda.is_available(): torch.set_num_threads(1)  # on a busy machine two are many times slower
+    try: data = data or (prepare.prepare(corpus, vocab, out=os.path.join(out, "corpus")) if vocab else corpus)
+    except tokens.DataError as error: raise Stop(str(error))
+    for budget in budgets:
         for size in sizes:
             for precision in ("bf16", "fp4"):
-                name = f"{size}-{precision}-{tokens / 1e6:.3g}M"
+                name = f"{size}-{precision}-{budget / 1e6:.3g}M"
                 log = os.path.join(out, name, "log.csv")
                 if os.path.exists(log) and isinstance(finished(log), dict): continue
-                code = quartet.cli(["--size", size, "--precision", precision, "--tokens", f"{tokens:.0f}", "--out", out,
-                                    "--name", name, "--data", data or corpus, "--eval_every", "1000000", *flags])
+                code = quartet.cli(["--size", size, "--precision", precision, "--tokens", f"{budget:.0f}", "--out", out,
+                                    "--name", name, "--data", data, "--eval_every", "1000000", *flags])
                 check(code != 130 and os.path.exists(log), f"stopped at {name}; the same command continues there")
 
 

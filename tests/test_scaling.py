@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 import fp4, quartet
 from data import prepare
 from model import SIZES, Llama
-from scaling import __main__ as scaling, advise, law, pictures, regions, runs, speeds, sweep
+from scaling import __main__ as scaling, advise, fitting, law, pictures, regions, runs, speeds, sweep
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAPER, SECOND = (os.path.join(ROOT, "scaling", "data", name) for name in ("quartet.csv", "quartet2.csv"))
@@ -24,10 +24,10 @@ def whole(tmp_path_factory):
     path.write_text(open(PAPER).read().replace("# ", ""))
     return runs.read(path)[0]
 
-FITTED, fit_all = {}, law.fit_all
+FITTED, fit_all = {}, fitting.fit_all
 
 def fit_once(found):
-    "law.fit_all, computed once for the same runs: most tests ask the authors'"
+    "fitting.fit_all, computed once for the same runs: most tests ask the authors'"
     key = str([(method, *map(np.ndarray.tobytes, points)) for method, points in found.items()])
     if key not in FITTED: FITTED[key] = fit_all(found)
     return FITTED[key]
@@ -37,7 +37,7 @@ def fit_once(found):
 def cli(tmp_path, capsys, monkeypatch):
     "cli('fit', ...) -> exit code, stdout, stderr; pictures and bench.json are those of an empty folder"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(law, "fit_all", fit_once)
+    monkeypatch.setattr(fitting, "fit_all", fit_once)
     monkeypatch.setattr(runs, "PAPER", PAPER)
     for module in (speeds, scaling): monkeypatch.setattr(module, "BENCH", str(tmp_path / "bench.json"))
     def cli(*args):
@@ -49,7 +49,7 @@ def cli(tmp_path, capsys, monkeypatch):
 
 
 def coefficients(points):
-    A, alpha, B, beta, E, gamma, _, _ = law.best(law.STARTS, law.BASE, points)
+    A, alpha, B, beta, E, gamma, _, _ = fitting.best(fitting.STARTS, fitting.BASE, points)
     return f"{np.exp(A):.3e} {alpha:.4f} {np.exp(B):.3e} {beta:.4f} {np.exp(E):.4f} {gamma:.4f}"
 
 
@@ -57,7 +57,7 @@ def efficiency(base, free, points):
     "without the draws"
     starts = np.repeat(base[None], 4, 0)
     starts[:, free] = np.log([[1], [.5], [.1], [.01]])
-    return np.exp(law.best(starts, free, points)[free])
+    return np.exp(fitting.best(starts, free, points)[free])
 
 
 def some(points, which): return tuple(x[which] for x in points)
@@ -83,13 +83,13 @@ def test_without_the_two_largest_models_the_coefficients_are_quite_others(paper)
 
 
 def test_with_the_run_that_table_6_leaves_out_the_fit_is_that_of_the_second_notebook(whole):
-    theta = law.best(law.STARTS, law.BASE, whole[law.BF16])
+    theta = fitting.best(fitting.STARTS, fitting.BASE, whole[law.BF16])
     printed = [11.75543771, .57852012, 13.0515853, .5388769, .2933008, .27641569]
     assert abs(theta[:6] - printed).max() <= 2e-6               # where scipy stopped
 
 
 def test_table_6_needs_the_robust_loss(paper, monkeypatch):
-    monkeypatch.setattr(law, "DELTA", 1.)                       # least squares
+    monkeypatch.setattr(fitting, "DELTA", 1.)                   # least squares
     assert coefficients(paper[law.BF16])[:9] != "1.524e+05"
 
 
@@ -105,7 +105,7 @@ def test_efficiencies_are_the_first_notebooks_to_their_printed_digits(paper, fit
 
 
 def test_efficiencies_are_the_second_notebooks_on_its_runs(whole):
-    base = law.best(law.STARTS, law.BASE, whole[law.BF16])
+    base = fitting.best(fitting.STARTS, fitting.BASE, whole[law.BF16])
     for method, free, printed, digits in [
             (("QuEST", "BF16"), [6], [.645], 3), (("RTN-absmax", "BF16"), [6], [.606], 3),
             (("SR-absmax", "BF16"), [6], [.433], 3), (("Eden128", "BF16"), [6], [.639], 3),
@@ -180,17 +180,17 @@ def test_the_law_is_the_formula():
 
 def test_coefficients_are_recovered_from_losses_without_noise():
     points = grid([3e7, 6e7, 1e8, 4e8, 1e9], [1e9, 4e9, 1e10, 6e10])
-    assert abs(law.best(law.STARTS, law.BASE, points) - TRUE).max() <= 1e-3
+    assert abs(fitting.best(fitting.STARTS, fitting.BASE, points) - TRUE).max() <= 1e-3
 
 
 def test_coefficients_and_predictions_of_noisy_losses_lie_in_their_intervals_as_often_as_said():
     inside, predicted = [], []
     for seed in range(25):
-        fit = law.fit_base(grid([3e7, 6e7, 1e8, 2e8, 4e8], [1e9, 3e9, 1e10, 3e10], noise=.001, seed=seed), 200)
+        fit = fitting.fit_base(grid([3e7, 6e7, 1e8, 2e8, 4e8], [1e9, 3e9, 1e10, 3e10], noise=.001, seed=seed), 200)
         low, high = np.quantile(fit.draws[:, :6], (.05, .95), axis=0)
         inside.append((low <= TRUE[:6]) & (TRUE[:6] <= high))
         n, d, y = grid([2e8, 8e8], [1e10, 6e10], noise=.001, seed=1000 + seed)
-        loss, low, high = law.predict(fit, n, d)
+        loss, low, high = fitting.predict(fit, n, d)
         assert abs(loss - np.exp(y)).max() <= .04
         predicted.append((low <= np.exp(y)) & (np.exp(y) <= high))
     assert .8 <= np.mean(inside) <= .97 and .8 <= np.mean(predicted) <= .97
@@ -200,7 +200,7 @@ def test_efficiencies_are_recovered_alone_and_as_a_pair():
     sizes, tokens = [3e7, 6e7, 1e8, 4e8, 1e9], [1e9, 4e9, 1e10, 6e10]
     theta = TRUE + [0, 0, 0, 0, 0, 0, np.log(.64), np.log(.93)]
     f, b = theta * [1, 1, 1, 1, 1, 1, 1, 0], theta * [1, 1, 1, 1, 1, 1, 0, 1]
-    base, methods, unfitted = law.fit_all({
+    base, methods, unfitted = fitting.fit_all({
         law.BF16: grid(sizes, tokens, noise=3e-4), ("F", "BF16"): grid(sizes, tokens, f, 3e-4, 1),
         ("BF16", "B"): grid(sizes, tokens, b, 3e-4, 2), ("P", "P"): grid(sizes, tokens, theta, 3e-4, 3),
         ("X", "X"): grid([1e8], [1e9])})
@@ -208,9 +208,9 @@ def test_efficiencies_are_recovered_alone_and_as_a_pair():
         assert abs(np.exp(methods[method].theta[6:]) - want).max() <= .02
         low, high = np.exp(np.quantile(methods[method].draws[:, 6:], (.01, .99), axis=0))
         assert (low <= want).all() and (want <= high).all()
-    composed = law.compose(base, methods, "F", "B")
+    composed = fitting.compose(base, methods, "F", "B")
     assert np.array_equal(composed.theta[6:], [methods["F", "BF16"].theta[6], methods["BF16", "B"].theta[7]])
-    assert np.array_equal(composed.draws[:, :6], base.draws[:, :6]) and law.compose(base, methods, "F", "P") is None
+    assert np.array_equal(composed.draws[:, :6], base.draws[:, :6]) and fitting.compose(base, methods, "F", "P") is None
     assert len(unfitted) == 1 and "X : X" in unfitted[0]
 
 
@@ -218,7 +218,7 @@ def test_efficiencies_are_recovered_alone_and_as_a_pair():
 def held_out(paper):
     "the BF16 runs of both papers, predicted by fits to others: {kind: rows of measured, predicted, low, high}, twice"
     kinds = "one left out", "twice the tokens", "twice the size"
-    rows = [[*law.held_out(points)] for points in (paper[law.BF16], runs.read(SECOND)[0][law.BF16])]
+    rows = [[*fitting.held_out(points)] for points in (paper[law.BF16], runs.read(SECOND)[0][law.BF16])]
     return [{kind: np.array([row[5:] for row in some if row[0] == kind]) for kind in kinds} for some in rows]
 
 
@@ -240,10 +240,10 @@ def test_the_90_percent_interval_holds_80_to_97_percent_of_the_runs_that_were_no
 
 def test_without_the_spread_of_a_single_run_the_interval_would_be_too_narrow():
     sizes, tokens = np.geomspace(3e7, 1e9, 8), np.geomspace(1e9, 1e11, 8)
-    fit = law.fit_base(grid(sizes, tokens, noise=.002))
+    fit = fitting.fit_base(grid(sizes, tokens, noise=.002))
     n, d, y = grid(sizes, tokens, noise=.002, seed=1)
     def inside(fit):
-        _, low, high = law.predict(fit, n, d)
+        _, low, high = fitting.predict(fit, n, d)
         return np.mean((low <= np.exp(y)) & (np.exp(y) <= high))
     assert inside(fit) >= .8 and inside(fit._replace(spread=0 * fit.spread)) <= .6
 
@@ -302,7 +302,7 @@ def test_a_bad_file_stops_with_one_sentence(cli, tmp_path, text, said):
     ("advise", "--params", "nan", "--tokens", "2B"): "must be positive and finite, got nan",
     ("advise", "--params", "1B", "--tokens", "2B", "--gpu", "rtx9090"): "gpu 'rtx9090' is not bops",
     ("advise", "--params", "1B", "--tokens", "2B", "--gpu", "no.json"): "cannot read no.json",
-    ("regions", "--forward", "LSQ", "--backward", "LSQ"): "nothing to compare",
+    ("regions", "--forward", "LSQ", "--backward", "LSQ"): "no run tells what LSQ : LSQ loses, so there is nothing to compare",
     ("collect", "nothing/log.csv"): "there is no finished run: nothing/log.csv",
 }.items())
 def test_a_bad_command_stops_with_one_sentence(cli, args, said):
@@ -315,17 +315,40 @@ def test_a_bad_command_stops_with_one_sentence(cli, args, said):
 
 def test_fit_prints_the_law_its_uncertainty_and_what_it_predicts(cli, tmp_path):
     code, out, err = cli("fit")
-    assert code == 0 and "line 8, 21, 56" in err
+    assert code == 0 and "marked with #: 8, 21, 56" in err
     for said in "1.524e+05   2.", "QuEST : BF16", "0.648  0.", "twice the size", "measured 2.461": assert said in out
-    assert (tmp_path / "out" / "law.svg").read_text().count("<path") > 50
+    drawn = (tmp_path / "out" / "law.svg").read_text()
+    assert drawn.count(">30.5M<") == 2 and drawn.count(">822M<") == 1 and ">QuEST : SR-absmax<" in drawn
+
+
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_a_fit_says_when_the_runs_do_not_tell_what_the_size_does(cli, tmp_path, noise):
+    n, d, y = grid([3e7, 6e7, 1e8], [1e9, 2e9, 4e9, 8e9], TRUE * [-9, 1, 1, 1, 1, 1, 1, 1], noise)
+    rows = [f"{N:.0f},{D:.0f},BF16,BF16,{L:.5f}\n" for N, D, L in zip(*np.exp((n, d, y)))]
+    (tmp_path / "runs.csv").write_text(HEAD + "".join(rows))
+    code, out, _ = cli("fit", "runs.csv")
+    assert code == 0 and "not determined: these runs do not tell what size does\n" in out
+    assert "e+42" not in out                                    # no number where there is none
+    assert "do not tell" not in cli("fit")[1]
 
 
 def test_regions_prints_and_draws_the_map_and_says_what_was_not_measured(cli, tmp_path):
     code, out, _ = cli("regions")
     assert code == 0 and "predicted, not measured" in out and "This machine was not measured" in out
-    assert "100M parameters: FP8:FP4, FP4:FP4 from 92 (" in out
+    assert "100M parameters: FP8:FP4, then FP4:FP4 from 92 (" in out
     assert "Llama 3 70B, 214 tokens a parameter: FP4:FP4 (in " in out
-    assert (tmp_path / "out" / "regions.svg").read_text().count("<!-- Gemma 3 27B -->") == 2        # a panel each
+    assert (tmp_path / "out" / "regions.svg").read_text().count(">Gemma 3 27B<") == 2        # a panel each
+
+
+def test_runs_of_bf16_alone_have_a_law_and_nothing_to_compare(cli, tmp_path):
+    bf16 = [line for line in open(PAPER) if line.startswith("params") or ",BF16,BF16," in line]
+    (tmp_path / "bf16.csv").write_text("".join(bf16))
+    code, out, _ = cli("fit", "bf16.csv")
+    assert code == 0 and "1.524e+05" in out and "picture: out/law.svg" in out
+    for args, names in ((["advise", "--params", "1B", "--tokens", "20B", "--gpu", "bops"], "QuEST : RTN-absmax"),
+                        (["regions"], "QuEST : SR-absmax")):
+        code, out, err = cli(*args, "--runs", "bf16.csv")
+        assert code == 2 and not out and f"no run tells what {names} loses, so there is nothing to compare" in err
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_sentence(monkeypatch, tmp_path):
@@ -392,6 +415,26 @@ def test_the_bench_is_read_as_times_of_models_of_the_widths_measured(tmp_path):
     assert np.allclose(regions.faster(s, "fp4", "fp4", "bf16", s.sizes[1] * 2), (4 / 1.5, 12 / 3.5))
     assert s.steps == ("A whole training step of 30M there: fp4 takes 1.50 of bf16's time.",)
     assert s.outside(1e8) == "" and "was only measured on" in s.outside(1e12)
+
+
+def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
+    "fp4/bench.py's own main on a made-up GPU, on which fp4 takes half of bf16's time"
+    from fp4 import bench as writer
+    def linear(M, N, K, row): return dict(forward_ms=4., backward_ms=8., ms=12., called_ms=13.) if row == "bf16" else \
+                                     dict(forward_ms=2., backward_ms=4., ms=6., called_ms=7.)
+    for what, value in dict(kernels=list, product=lambda *_: dict(ms=1.), linear=linear,
+                            steps=lambda sizes: [dict(size="30M", row=row, ms=ms) for row, ms in (("bf16", 2.), ("fp4", 3.))],
+                            report=str, RESULTS=str(tmp_path / "bench.json"), README=str(tmp_path / "README.md")).items():
+        monkeypatch.setattr(writer, what, value)
+    for what, value in dict(is_available=True, get_device_name="Test GPU", get_device_capability=(9, 0)).items():
+        monkeypatch.setattr(torch.cuda, what, lambda value=value: value)
+    monkeypatch.setattr(fp4, "build", lambda: "kernels")
+    (tmp_path / "README.md").write_text("".join(writer.MARKERS))
+    assert writer.main([]) == 0
+    s = speeds.speeds(writer.RESULTS)
+    assert s.name == "Test GPU" and s.has("fp8") and "30M there: fp4 takes 1.50 of bf16's time" in s.steps[0]
+    assert len(s.sizes) == len({min(shape[1:]) for shape in writer.SHAPES + writer.WIDTHS})
+    assert np.allclose(regions.faster(s, "fp4", "fp4-sr", "bf16", 1e9), 2)
 
 
 def test_a_gpu_without_fp8_is_compared_with_bf16(cli, tmp_path):
@@ -488,7 +531,7 @@ def test_a_run_given_in_tokens_has_the_steps_that_were_trained(tmp_path):
 
 
 def test_every_precision_has_a_name_in_the_law_and_axes_are_part_of_it():
-    assert sweep.METHODS.keys() - {"fp4-bwd"} <= fp4.RECIPES.keys()
+    assert sweep.METHODS.keys() <= fp4.RECIPES.keys()
     assert sweep.method(dict(precision="fp4-fwd", scale="", signs="")) == ("QuEST", "BF16")
     assert sweep.method(dict(precision="fp4", scale="nearest")) == ("QuEST scale=nearest", "RTN-absmax scale=nearest")
     assert sweep.method(dict(precision="mine")) == ("mine", "mine")
@@ -507,8 +550,9 @@ def test_a_sweep_trains_what_is_not_finished_and_its_runs_are_collected(cli, tmp
     corpus = prepare.prepare(str(tmp_path / "text.py"), 320, out=str(tmp_path / "corpus"))
     for device in "cpu", "cuda":
         flags = "--batch", "4", "--seq", "32", "--device", "cpu"
-        monkeypatch.setitem(sweep.SWEEPS, device, (("toy64",), (256, 512), corpus, flags))
+        monkeypatch.setitem(sweep.SWEEPS, device, (("toy64",), (256, 512), corpus, 0, flags))
     monkeypatch.setattr(sweep, "SIZES", dict(SIZES))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)           # the other tests keep theirs
     monkeypatch.setattr(quartet, "SIZES", sweep.SIZES)
     assert cli("sweep", "--out", "law")[0] == 0
     logs = glob.glob("law/*/log.csv")
