@@ -86,7 +86,7 @@ STATEMENT = {
     "luq-int4": three(lambda x, w: sawb(x) @ sawb(w).T, lambda dy, w: luq(dy) @ sawb(w), lambda dyt, xt: luq(dyt) @ sawb(xt).T),
     "luq-fp4": three(lambda x, w: tensor(x, x.abs().max() / 6) @ tensor(w, w.abs().max() / 6).T,
                      lambda dy, w: luq(dy) @ tensor(w, w.abs().max() / 6), lambda dyt, xt: luq(dyt) @ tensor(xt, xt.abs().max() / 6).T),
-    "jetfire-fp4": three(lambda x, w: tile(x) @ tile(w).T, lambda dy, w: tile(tile(dy) @ tile(w)), lambda dyt, xt: tile(dyt) @ tile(xt).T),
+    "jetfire-fp4": three(lambda x, w: tile(tile(x) @ tile(w).T), lambda dy, w: tile(tile(dy) @ tile(w)), lambda dyt, xt: tile(dyt) @ tile(xt).T),
     "halo-fp4": three(lambda x, w: halo(had(x, 32)) @ halo(had(w, 32)).T,
                       lambda dy, w: had((halo(had(dy.T, 8).T) @ halo(w)).T, 8).T, lambda dyt, xt: halo(dyt) @ halo(xt).T),
 }
