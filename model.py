@@ -2,8 +2,9 @@
 The paper's Llama (arXiv 2505.14669, section 5 and Table 4): pre-norm RMSNorm, RoPE, SwiGLU, no biases,
 untied head. Read bottom-up: norm, rotary embedding, attention, feed-forward, block, model.
 
-What is quantised can be seen here: the four fp4.Linear of a block. The embedding, the norms, attention
-itself and the head (nn.Linear) are not. Weights are float32, activations are in the dtype of the model.
+What is quantised can be seen here: the four fp4.Linear of a block, in every block between keep_first and
+keep_last. The embedding, the norms, attention itself and the head (nn.Linear) are not. Weights are float32,
+activations are in the dtype of the model.
 
 B sequences, T tokens each, C channels (the width), H heads of D = C/H channels, V tokens in the vocabulary.
 """
@@ -12,9 +13,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fp4 import Linear                      # the quantised matmul; precision is a row of fp4/recipes.py
 
-#         layers width heads   lr       tiny is ours, the others are the paper's (Table 4 and main_setup.sh)
+#         layers width heads   lr       tiny and 3M are ours, the others the paper's (Table 4 and main_setup.sh)
 SIZES = {
     "tiny":  (4,   128,   2,   2e-3),
+    "3M":    (3,   256,   4,   2e-3),
     "30M":   (6,   640,   5,   1.2e-3),
     "50M":   (7,   768,   6,   1.2e-3),
     "100M":  (8,   1024,  8,   6e-4),
@@ -88,14 +90,16 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """layers, width C, heads H, vocabulary V, at most T tokens; precision and axes as for fp4.Linear"""
+    """layers, width C, heads H, vocabulary V, at most T tokens; precision and axes as for fp4.Linear, but not in the
+    first and last blocks that are kept"""
 
-    def __init__(self, layers, C, H, V, T, precision, dtype, **axes):
+    def __init__(self, layers, C, H, V, T, precision, dtype, keep_first=0, keep_last=0, **axes):
         super().__init__()
         how = dict(precision=precision, **axes)
+        kept = lambda i: i < keep_first or i >= layers - keep_last
         self.T, self.C, self.dtype = T, C, dtype
         self.embed = nn.Embedding(V, C)
-        self.blocks = nn.ModuleList(Block(C, H, how) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(C, H, dict(precision="bf16") if kept(i) else how) for i in range(layers))
         self.norm = RMSNorm(C)
         self.head = nn.Linear(C, V, bias=False)
         cos, sin = rope_table(T, C // H)

@@ -9,24 +9,28 @@ table in fp4/recipes.py.
 
 A run leaves out/NAME/log.csv, curve.svg and ckpt.pt. Below: settings, schedule and files, one run, main.
 """
-import argparse, dataclasses, difflib, itertools, json, math, os, statistics, subprocess, sys, time
+import argparse, dataclasses, datetime, difflib, itertools, json, math, os, subprocess, sys, time
 from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 import fp4                                                      # the table of precisions
 from data import prepare, tokenizer, tokens                     # corpora, vocabulary, token files
 from model import SIZES, Llama                                  # the model; knows nothing of training
+from scaling import ablation                                    # several runs side by side
 
 
 # ---- settings: parser, help text and default in one. A comma list of precisions (or axes) is an ablation
 
 @dataclass(frozen=True)
 class Settings:
-    precision: str = "fp4"          # a row of fp4/recipes.py; a comma list trains one after the other
+    precision: str = "fp4"          # a row of fp4/recipes.py; of a comma list, or of `all`, each
+    keep_first: int = 0             # so many blocks at the beginning are not quantised ...
+    keep_last: int = 0              # ... and so many at the end
     size: str = ""                  # a row of SIZES in model.py; default: tiny on a CPU, 30M on a GPU
     data: str = ""                  # stdlib | python | shakespeare | fineweb | c4 | text file | folder; default: stdlib, above tiny python
-    seq: int = 0                    # tokens in a sequence; default: 512, tiny 256
-    batch: int = 0                  # sequences in a step; default: 512 (262,144 tokens), tiny 8
+    vocab: int = 0                  # entries of the vocabulary that is made for the corpus; default: 4096, c4 32768
+    seq: int = 0                    # tokens in a sequence; default: 512, tiny and 3M 256
+    batch: int = 0                  # sequences in a step; default: 512 (262,144 tokens), tiny 8, 3M 128
     micro: int = 0                  # sequences in a microbatch; default: by size
     steps: int = 0                  # length of the run, in steps ...
     tokens: int = 0                 # ... or in tokens ...
@@ -35,10 +39,13 @@ class Settings:
     weight_decay: float = 0.1       # on the linears of the blocks only
     clip: float = 1.0               # largest norm of the gradient
     seed: int = 0                   # of weights, batches, rotations and rounding
+    seeds: int = 1                  # train with so many, from --seed on
+    jobs: int = 1                   # of several runs so many at a time, each a process with its log.txt
     eval_every: int = 0             # steps from one evaluation and checkpoint to the next; default: a tenth of the run
     out: str = "out"                # folder of all runs
     name: str = ""                  # folder of this run; default: SIZE-PRECISION
     resume: bool = False            # continue from the run's checkpoint, bit for bit
+    discard: bool = False           # remove the checkpoint when the run is finished
     compile: bool = False           # torch.compile the model
     sample: str = ""                # do not train: continue this text with the run's checkpoint
     sample_tokens: int = 200        # how long a sample is
@@ -47,6 +54,7 @@ class Settings:
 
 Config = dataclasses.make_dataclass("Config", [(axis, str, "") for axis in fp4.AXES], bases=(Settings,), frozen=True)
 AXES = "precision", *fp4.AXES                                   # what a comma list can be given for
+FREE = "resume", "discard", "out", "name", "sample", "sample_tokens", "seeds", "jobs"      # what makes no other run
 # dense BF16 TFLOP/s by the vendors' datasheets; the first name that the device's contains
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362, "L4": 121,
         "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71}
@@ -79,9 +87,6 @@ def parse(argv):
 def number(text): return int(float(text)) if float(text).is_integer() else int(text)         # 3e9 is a whole number too
 
 def axes(cfg): return {axis: getattr(cfg, axis) for axis in fp4.AXES if getattr(cfg, axis)}
-def label(cfg):                                                 # fp4-nearest, fp4-signs-none
-    alone = lambda axis, v: axis == "scale" or sum(v in choices for choices in fp4.AXES.values()) == 1
-    return "-".join([cfg.precision, *(v if alone(axis, v) else f"{axis}-{v}" for axis, v in axes(cfg).items())])
 
 
 def complete(cfg):
@@ -93,21 +98,24 @@ def complete(cfg):
     check(device == "cpu" or torch.cuda.is_available(), "device cuda: torch sees no GPU here")
     size = cfg.size or ("tiny" if device == "cpu" else "30M")
     check(size in SIZES, f"size {size!r} is not one of {', '.join(SIZES)}")
+    layers, width, _, lr = SIZES[size]
+    check(cfg.keep_first + cfg.keep_last <= layers, f"{size} has {layers} blocks: keep_first {cfg.keep_first} and "
+                                                    f"keep_last {cfg.keep_last} are more")
     try: fp4.recipe(cfg.precision, **axes(cfg))
     except ValueError as error: raise Stop(str(error))
     dtype = cfg.dtype or ("float32" if device == "cpu" else "bfloat16")
     check(dtype in ("bfloat16", "float32"), f"dtype {dtype!r} is not bfloat16 or float32")
-    tiny, width = size == "tiny", SIZES[size][1]
-    batch = cfg.batch or (8 if tiny else 512)
+    tiny, small = size == "tiny", size in ("tiny", "3M")
+    batch = cfg.batch or {"tiny": 8, "3M": 128}.get(size, 512)
     micro = cfg.micro or math.gcd(batch, min(64, 2 ** int(math.log2(65536 / width))))
     check(batch % micro == 0, f"batch {batch} does not divide into microbatches of {micro} sequences")
     given = [n for n in ("steps", "tokens", "tokens_per_param") if getattr(cfg, n)]
     check(len(given) <= 1, f"give only one of {' and '.join(given)}")
     return dataclasses.replace(cfg, device=device, size=size, dtype=dtype, batch=batch, micro=micro,
-        seq=cfg.seq or (256 if tiny else 512), lr=cfg.lr or SIZES[size][3], data=cfg.data or ("stdlib" if tiny else "python"),
+        seq=cfg.seq or (256 if small else 512), lr=cfg.lr or lr, data=cfg.data or ("stdlib" if tiny else "python"),
         steps=350 if tiny and not given else cfg.steps,
         tokens_per_param=25 if not tiny and not given else cfg.tokens_per_param,
-        name=cfg.name or f"{size}-{label(cfg)}")
+        name=cfg.name or f"{size}-{ablation.label(vars(cfg))}")
 
 
 # ---- schedule, evaluation, files
@@ -174,27 +182,11 @@ def csv(row):
     return f"{step},{loss:.6f},{val},{lr:.6e},{norm:.6f},{ms:.1f},{speed:.0f},{mfu}"
 
 
-def curves(path, runs):
-    """{label: history} as a picture: val loss as a line, train loss faint behind it"""
-    try: from matplotlib.figure import Figure
-    except ImportError: return "(no picture: matplotlib is not installed)"
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    plot = figure.subplots()
-    for color, (label, rows) in zip(itertools.cycle(["0.4", "C3", "C0", "C2", "C1", "C4"]), runs.items()):
-        plot.plot([r[0] for r in rows], [r[1] for r in rows], color=color, alpha=0.25, linewidth=1)
-        val = [(r[0], r[2]) for r in rows if r[2] is not None]
-        plot.plot(*zip(*val), color=color, label=f"{label}  {val[-1][1]:.4f}")
-    plot.set(xlabel="step", ylabel="loss")
-    plot.legend()
-    write(path, lambda file: figure.savefig(file, format="svg"))
-    return path
-
-
 # ---- one run
 
 def corpus(cfg):
     """train shards, val shards, vocabulary size, folder"""
-    folder = prepare.prepare(cfg.data)
+    folder = prepare.prepare(cfg.data, cfg.vocab)
     train, val = (tokens.open_tokens(pattern) for pattern in prepare.files(folder))
     vocab = tokenizer.vocab_size(folder, train)
     tokens.batch(train, 0, 1, cfg.seq, cfg.seed, vocab)         # refuses a corpus that is too short
@@ -205,11 +197,12 @@ def build_model(cfg, vocab):
     torch.manual_seed(cfg.seed), cfg.compile and torch.compiler.reset()         # torch keeps 8 compiled versions of a model
     layers, C, H, _ = SIZES[cfg.size]
     V = -(-vocab // 64) * 64                                    # matrix units like round numbers
-    return Llama(layers, C, H, V, cfg.seq, cfg.precision, getattr(torch, cfg.dtype), **axes(cfg)).to(cfg.device)
+    return Llama(layers, C, H, V, cfg.seq, cfg.precision, getattr(torch, cfg.dtype), cfg.keep_first, cfg.keep_last,
+                 **axes(cfg)).to(cfg.device)
 
 
 def train(cfg):
-    """train one precision; returns its row of the final table"""
+    """train one precision; what came out is in log.csv"""
     folder = os.path.join(cfg.out, cfg.name)
     path, log_path = os.path.join(folder, "ckpt.pt"), os.path.join(folder, "log.csv")
     state = load(path) if cfg.resume else None
@@ -224,10 +217,7 @@ def train(cfg):
                    weight_decay=cfg.weight_decay * yes) for yes in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     history = restore(state, cfg, model, optimizer) if state else []
-    if not state and os.path.exists(folder):                    # an earlier run of this name is set aside, not lost
-        aside = next(f for i in itertools.count(1) if not os.path.exists(f := f"{folder}.{i}"))
-        os.rename(folder, aside)
-        print(f"{folder} existed and is now {aside}")
+    if not state: ablation.set_aside(folder)                    # an earlier run of this name
     fp4.quantize_weights_after(optimizer, model)
     how = fp4.build() if fp4.recipe(cfg.precision, **axes(cfg)).kernels else "not used"
     forward = torch.compile(model, fullgraph=True) if cfg.compile else model
@@ -250,6 +240,7 @@ def train(cfg):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
             loss = loss.item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                log.write(csv((step + 1, loss, None, lr, norm, 0, 0, "n/a")) + "\n")
                 kept = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
                 raise Stop(f"{cfg.name}: loss {loss}, gradient norm {norm} at step {step + 1}, lr {lr:.2e}; {kept}")
             optimizer.step()
@@ -267,13 +258,13 @@ def train(cfg):
             if evaluated:
                 state = snapshot(cfg, vocab, data_folder, model, optimizer, history)
                 write(path, lambda file: torch.save(state, file))
+        memory = f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB" if gpu else "n/a"
+        log.write(f"# finished {datetime.date.today()}, peak memory {memory}\n")
 
     print("\n" + sample(model, data_folder, "def", cfg))
-    picture = curves(os.path.join(folder, "curve.svg"), {cfg.name: history})
-    print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}, {path}")
-    memory = f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB" if gpu else "n/a"
-    return dict(name=cfg.name, history=history, val=history[-1][2], memory=memory,
-                speed=statistics.median(row[6] for row in history))
+    picture = ablation.curves(write, os.path.join(folder, "curve.svg"), {cfg.name: [history]})
+    if cfg.discard: os.remove(path)
+    print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}" + f", {path}" * (not cfg.discard))
 
 
 def snapshot(cfg, vocab, data_folder, model, optimizer, history):
@@ -286,8 +277,7 @@ def snapshot(cfg, vocab, data_folder, model, optimizer, history):
 def restore(state, cfg, model, optimizer):
     """the opposite; returns the history"""
     old, new = state["config"], dataclasses.asdict(cfg)
-    free = "resume", "out", "name", "sample", "sample_tokens"
-    said = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in new if k not in free and new[k] != old.get(k))
+    said = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in new if k not in FREE and new[k] != old.get(k))
     try: model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError):
         why = said or "the vocabulary differs"
@@ -319,19 +309,23 @@ def sample(model, data_folder, text, cfg):
 
 def main(argv):
     asked = parse(argv)
-    choices = [[v.strip() for v in getattr(asked, axis).split(",")] for axis in AXES]
-    combinations = [dict(zip(AXES, values)) for values in itertools.product(*choices)]
-    configs = [complete(dataclasses.replace(asked, **values)) for values in combinations]
+    check(asked.seeds > 0 and asked.jobs > 0, f"seeds and jobs must be 1 or more, got {asked.seeds} and {asked.jobs}")
+    rows = dataclasses.replace(asked, precision=",".join(fp4.RECIPES)) if asked.precision == "all" else asked
+    choices = [[v.strip() for v in getattr(rows, axis).split(",")] for axis in AXES]
+    many = asked.seeds > 1 or max(map(len, choices)) > 1
+    configs = []
+    for seed in range(asked.seed, asked.seed + asked.seeds):
+        for values in itertools.product(*choices):
+            cfg = dataclasses.replace(asked, seed=seed, seeds=1, **dict(zip(AXES, values)))
+            name = f"{asked.name}-{ablation.label(vars(cfg))}" if asked.name and many else asked.name
+            configs.append(complete(dataclasses.replace(cfg, name=name)))
     if asked.sample: return print(sample_from_checkpoint(configs[0]))
-    if asked.name and len(configs) > 1:
-        configs = [dataclasses.replace(c, name=f"{c.name}-{label(c)}") for c in configs]
-    runs = [train(cfg) for cfg in configs]
-    if len(runs) > 1:
-        print(f"\n{'run':28s} {'val loss':>9s} {'gap':>8s} {'tokens/s':>11s} {'peak memory':>12s}")
-        for r in runs:
-            print(f"{r['name']:28s} {r['val']:9.4f} {r['val'] - runs[0]['val']:+8.4f} {r['speed']:11,.0f} {r['memory']:>12s}")
-        picture = os.path.join(asked.out, "-".join([runs[0]["name"], *(c.precision for c in configs[1:])]) + ".svg")
-        print("curves:", curves(picture, {r["name"]: r["history"] for r in runs}))
+    if not many: return train(configs[0])
+    if asked.jobs > 1: corpus(configs[0]), fp4.build()          # once, not in each process
+    name = asked.name or f"{configs[0].size}-{ablation.label(vars(asked))}".replace(",", "-")[:100]
+    failed = ablation.compare([*dict.fromkeys(configs)], os.path.join(asked.out, name), train, write, FREE, sys.argv[0])
+    check(not failed, f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: "
+                      + "; ".join(f"{os.path.join(asked.out, name, 'log.txt')}: {said}" for name, said in failed.items()))
 
 
 def cli(argv):
@@ -341,7 +335,7 @@ def cli(argv):
         print(f"quartet: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("quartet: stopped; --resume continues from the last checkpoint", file=sys.stderr)
+        print("quartet: stopped; --resume, or the same command for several runs, goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -1,5 +1,6 @@
 """
-Make a corpus: data/NAME/train.bin, val.bin, vocab.tiktoken. quartet.py --data NAME does it by itself.
+Make a corpus: data/NAME/train.bin, val.bin, vocab.tiktoken. quartet.py --data NAME does it by itself. With --vocab
+2048 it is data/NAME-2048.
 
     python data/prepare.py stdlib              # the standard library's sources, 10 MB, offline: the default
     python data/prepare.py python              # and all of site-packages, hundreds of MB, offline
@@ -37,11 +38,13 @@ def prepare(name, vocab=0, shards=1, out=None):
         raise DataError(f"a vocabulary of {vocab:,} is not possible: give --vocab between 257 and {MB:,}")
     if shards < 1:
         raise DataError(f"{shards} shards are too few: give --shards 1 or more")
-    if os.path.isdir(name) and all(map(glob.glob, files(name))): return name
+    if os.path.isdir(name) and all(map(glob.glob, files(name))):
+        if os.path.exists(os.path.join(name, "vocab.tiktoken")): ready(name, vocab)     # refuses another vocabulary
+        return name
     listed = name in ("stdlib", "python", *URLS)
     if not listed and not os.path.exists(name):
         raise DataError(f"data {name!r} is not a file, a folder, or one of stdlib, python, {', '.join(URLS)}")
-    folder = out or os.path.join(HERE, name if listed else own_name(name))
+    folder = out or os.path.join(HERE, (name if listed else own_name(name)) + f"-{vocab}" * bool(vocab))
     try:
         if name == "fineweb": fineweb(folder, shards)
         elif name == "c4": c4(folder, shards, vocab)
@@ -266,7 +269,7 @@ def fineweb(folder, shards):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", nargs="?", default="stdlib", help="one of the above; default stdlib")
-    parser.add_argument("--vocab", type=int, default=0, help="its entries; default 4096, for c4 32768")
+    parser.add_argument("--vocab", type=int, default=0, help="its entries; default 4096, for c4 32768; data/NAME-X")
     parser.add_argument("--shards", type=int, default=1, help="how many files of c4 or fineweb")
     parser.add_argument("--out", help="folder; default data/NAME")
     try:

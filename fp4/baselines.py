@@ -45,7 +45,7 @@ def luq_backward(dy, saved, recipe):
 
 
 # ---- Jetfire (Xi et al., 2403.12422), after the emulation of its INT8 in IST-DASLab/HALO. Taken: one absmax scale a
-# 32 x 32 tile, everything to nearest, dx quantised as well (the data flow between layers is in low precision).
+# 32 x 32 tile, everything to nearest, y and dx quantised as well (the data flow between layers is in low precision).
 # Chosen: E2M1 instead of INT8.
 
 def tiles(v, dtype):
@@ -55,7 +55,7 @@ def tiles(v, dtype):
 
 def jetfire_forward(x, w, recipe):
     xq, wq = tiles(x, x.dtype), tiles(w, x.dtype)
-    return xq @ wq.T, (xq, wq)
+    return tiles(xq @ wq.T, x.dtype), (xq, wq)
 
 def jetfire_backward(dy, saved, recipe):
     x, w = saved

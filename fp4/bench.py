@@ -20,7 +20,6 @@ import fp4
 ops = torch.ops.fp4
 HERE = os.path.dirname(os.path.abspath(__file__))
 README, RESULTS = os.path.join(HERE, "..", "README.md"), os.path.join(HERE, "build", "bench.json")
-MARKERS = "<!-- bench -->", "<!-- /bench -->"
 ROWS = [row for row in ("bf16", "fp8", "fp4", "fp4-sr") if row in fp4.RECIPES]
 # tokens, out, in
 SHAPES = [(16384, 4096, 4096), (16384, 11008, 4096), (16384, 4096, 11008), (32768, 2048, 2048), (32768, 640, 640)]
@@ -363,9 +362,9 @@ def report(found):
 
 # ---- files, main
 
-def replaced(text, body):
+def replaced(text, body, name="bench"):
     """text with body between its markers"""
-    start, stop = MARKERS
+    start, stop = f"<!-- {name} -->", f"<!-- /{name} -->"
     if not (text.count(start) == text.count(stop) == 1 and text.index(start) < text.index(stop)):
         raise ValueError(f"it needs one {start} and, below it, one {stop}")
     return text[:text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(stop):]

@@ -71,7 +71,7 @@ def checkpoint(path, sequences=16):
     import quartet                                              # only in this file does the folder know the trainer
     state = quartet.load(path)
     axes = dict.fromkeys(quartet.fp4.AXES, "")
-    plain = dict(precision="bf16", device="", steps=1, tokens=0, tokens_per_param=0, **axes)
+    plain = dict(precision="bf16", keep_first=0, keep_last=0, device="", steps=1, tokens=0, tokens_per_param=0, **axes)
     cfg = quartet.complete(quartet.Config(**state["config"] | plain))
     def model(**changes):
         model = quartet.build_model(dataclasses.replace(cfg, **changes), state["vocab"])

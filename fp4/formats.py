@@ -120,13 +120,13 @@ def nvfp4(v, how, noise, square):
     top = v.abs().amax(-1, True)
     t = top.amax() / (cap * to)
     t = torch.where(t.isfinite(), torch.where(t == 0, 1., t), torch.nan)
-    def scaled(to):
+    def scaled(to, noise):
         b = to_grid(top / (to * t), E4M3)
         b = torch.where(b == 0, 1., b)
         return b, to_grid(v / (b * t), E2M1, None if how.rounding == "eden" else noise)
-    b, q = scaled(to)
+    b, q = scaled(to, noise)
     if how.scale == "four-six":
-        b4, q4 = scaled(to * 4 / 6)
+        b4, q4 = scaled(to * 4 / 6, None if noise is None else noise.flip(-1))   # as if it was drawn again
         better = total((q4 * b4 * t - v).square()) < total((q * b * t - v).square())
         b, q = torch.where(better, b4, b), torch.where(better, q4, q)
     if how.rounding == "eden":

@@ -139,6 +139,7 @@ def sensible(name, p):
         (p.scale not in rules, f"scale {p.scale!r} is not one of format {p.format}'s: {', '.join(rules)}"),
         (not p.rotation and p.signs != "none", f"random signs {p.signs} a rotation need a rotation"),
         (eden and p.signs != "before", "rounding eden is unbiased only behind a random rotation: signs before"),
+        (eden and p.right == "square" and p.format != "nvfp4", f"square blocks of {p.format} have no rounding eden"),
         (eden and p.scale == "four-six", "scale four-six chooses by the error, which makes rounding eden biased"),
         (stochastic and clips, "stochastic rounding is unbiased only where the scale neither clips nor corrects, "
                                f"and {p.scale} of {p.format} does"),

@@ -3,12 +3,13 @@ A sweep of one's own. `sweep` trains sizes x tokens x (bf16, fp4) with quartet.p
 first run that is not finished. On a GPU it is a small real one; on a CPU a toy of minutes, with a law of its own that
 its intervals call uncertain. `collect` turns the logs of finished runs into the fit's input.
 """
-import csv, glob, json, math, os
+import glob, math, os
 import torch
 import quartet
 from data import prepare, tokens
 from fp4 import AXES
 from model import SIZES
+from scaling.ablation import read
 from scaling.runs import COLUMNS, Stop, check
 from scaling.speeds import params
 
@@ -50,18 +51,17 @@ def method(config):
 def finished(path):
     """the run of one log.csv as a line of the fit's input, or a sentence on why it is none"""
     try:
-        lines = open(path).read().splitlines()
-        config = next(json.loads(line[len("# config "):]) for line in lines if line.startswith("# config "))
-        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+        log = read(path)
+        config, vals = log.config, log.vals
         layers, C, _, _ = (SIZES | TOY)[config["size"]]
         N, a_step = params(layers, C), config["batch"] * config["seq"]
         steps = config["steps"] or int((config["tokens"] or config["tokens_per_param"] * N) // a_step)
-        done, vals = int(rows[-1]["step"]) if rows else 0, [float(row["val"]) for row in rows if row["val"]]
+        done = log.history[-1][0] if log.history else 0
         forward, backward = method(config)
         run = dict(params=N, tokens=steps * a_step, forward=forward, backward=backward, loss=vals and vals[-1],
                    run=os.path.dirname(path), data=config["data"], seq=config["seq"])
-    except (OSError, StopIteration, KeyError, TypeError, ValueError) as error:
-        return f"not a log of quartet.py ({type(error).__name__}: {error})"
+    except (OSError, ValueError) as error: return str(error)
+    except (KeyError, TypeError) as error: return f"not a log of quartet.py ({type(error).__name__}: {error})"
     if done < steps: return f"ended at step {done} of {steps}: interrupted or diverged"
     if not (vals and math.isfinite(vals[-1])): return "diverged: no finite validation loss at the end"
     if vals[-1] > vals[0]: return f"diverged: validation loss {vals[0]} at first, {vals[-1]} at the end"

@@ -5,6 +5,7 @@ import fp4, quartet
 from fp4 import emulated, error, formats, recipes
 from fp4.recipes import Product
 from model import Llama
+from scaling import ablation
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMULATED = [name for name, row in fp4.RECIPES.items() if row.quantised and not row.kernels]
@@ -86,7 +87,7 @@ STATEMENT = {
     "luq-int4": three(lambda x, w: sawb(x) @ sawb(w).T, lambda dy, w: luq(dy) @ sawb(w), lambda dyt, xt: luq(dyt) @ sawb(xt).T),
     "luq-fp4": three(lambda x, w: tensor(x, x.abs().max() / 6) @ tensor(w, w.abs().max() / 6).T,
                      lambda dy, w: luq(dy) @ tensor(w, w.abs().max() / 6), lambda dyt, xt: luq(dyt) @ tensor(xt, xt.abs().max() / 6).T),
-    "jetfire-fp4": three(lambda x, w: tile(x) @ tile(w).T, lambda dy, w: tile(tile(dy) @ tile(w)), lambda dyt, xt: tile(dyt) @ tile(xt).T),
+    "jetfire-fp4": three(lambda x, w: tile(tile(x) @ tile(w).T), lambda dy, w: tile(tile(dy) @ tile(w)), lambda dyt, xt: tile(dyt) @ tile(xt).T),
     "halo-fp4": three(lambda x, w: halo(had(x, 32)) @ halo(had(w, 32)).T,
                       lambda dy, w: had((halo(had(dy.T, 8).T) @ halo(w)).T, 8).T, lambda dyt, xt: halo(dyt) @ halo(xt).T),
 }
@@ -204,12 +205,13 @@ def test_errors_over_an_octave_are_the_papers_table_2(how, mse, misalignment):
 
 @pytest.mark.parametrize("changes, mse", [
     (dict(), 9.05e-3), (dict(scale="four-six"), 7.56e-3), (dict(right="square"), 12.40e-3), (dict(scale="four-six", right="square"), 12.38e-3),
-    (dict(rounding="stochastic"), 23.55e-3), (dict(rounding="eden"), 9.32e-3)])
+    (dict(rounding="stochastic"), 23.55e-3), (dict(scale="four-six", rounding="stochastic"), 17.48e-3), (dict(rounding="eden"), 9.32e-3)])
 def test_errors_of_nvfp4_are_quartet_iis_table_1(changes, mse):
     torch.manual_seed(0)
     got = error.gaussian(Product("nvfp4", "absmax", 128, "before")._replace(**changes), sigmas=4)
     assert abs(got[0] / mse - 1) <= .02, got
-    assert abs(got[1]) <= 4e-4 if changes.get("rounding") else got[1] > 2e-3
+    biased = changes.get("rounding") is None or "scale" in changes          # choosing by the error is a bias too
+    assert abs(got[1]) > 1e-3 if biased else abs(got[1]) <= 4e-4
 
 
 def test_eden_takes_the_shrinkage_away_and_pma_most_of_it():
@@ -239,6 +241,20 @@ def test_gradients_keep_their_length_through_depth_only_where_the_rounding_is_un
     assert got["stochastic"][4][0] < got["nearest"][4][0]       # but in direction, to nearest is better
 
 
+def test_the_depth_table_of_a_checkpoint_ranks_the_roundings_and_ignores_what_the_run_had_kept(tmp_path, capsys):
+    (tmp_path / "text.py").write_text("".join(f"def f{i}(x, y):\n    return x + {i} * y\n\n" for i in range(1500)))
+    args = ["--precision", "fp4", "--keep_first", "4", "--steps", "60", "--eval_every", "60", "--batch", "4", "--seq", "64"]
+    assert quartet.cli([*args, "--data", str(tmp_path / "text.py"), "--out", str(tmp_path), "--name", "r", "--sample_tokens", "0"]) == 0
+    capsys.readouterr()
+    error.checkpoint(str(tmp_path / "r" / "ckpt.pt"), sequences=4)
+    _, _, head, *lines = capsys.readouterr().out.splitlines()
+    got = {line[:20].strip(): [tuple(map(float, pair.split("/"))) for pair in re.findall(r"\S+ /\s*\S+", line[20:])] for line in lines}
+    assert head.split() == ["backward", "1", "2", "3", "4"] and got.keys() == error.BACKWARD.keys()
+    last = {name: values[-1] for name, values in got.items()}
+    assert last["QuEST"][1] < last["nearest"][1] < .97 and all(abs(last[name][1] - 1) < .05 for name in ("stochastic", "nearest, EDEN", "nearest, PMA"))
+    assert last["stochastic"][0] < last["nearest"][0] < 1
+
+
 # ---- axes
 
 def test_a_value_changes_the_products_it_belongs_to_and_three_values_all():
@@ -261,6 +277,8 @@ def test_a_value_changes_the_products_it_belongs_to_and_three_values_all():
     ("fp4", dict(rounding="sr:sr:sr"), "forward: stochastic rounding is unbiased only where the scale neither clips nor corrects, and floor of mxfp4 does"),
     ("quartet2", dict(scale="four-six:four-six:four-six"), "dgrad: scale four-six chooses by the error"),
     ("nvfp4", dict(rotation="32"), "dgrad: this row multiplies with the forward product's weight as it is"),
+    ("nvfp4", dict(format="mxfp4", dgrad="off", rotation="32:32:32", signs="before:before:before", rounding="eden:eden:eden"),
+     "forward: square blocks of mxfp4 have no rounding eden"),
     ("bf16", dict(scale="nearest"), "bf16 has no quantised product whose scale could change"),
     ("fp4-fwd", dict(rounding="sr"), "fp4-fwd has no quantised product whose rounding could change"),
     ("luq-int4", dict(format="mxfp4"), "luq-int4 is a method of its own and has no format to change"),
@@ -278,7 +296,7 @@ def test_a_combination_without_meaning_is_refused_with_a_sentence_and_exit_code_
 
 def test_every_axis_is_a_flag_and_names_the_run():
     settings = quartet.parse(["--rotation", "none", "--signs", "none", "--dgrad", "off", "--scale", "nearest"])
-    assert quartet.label(settings) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
+    assert ablation.label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
     assert {f"--{axis}" for axis in fp4.AXES} == {"--format", "--scale", "--rotation", "--signs", "--rounding", "--forward", "--dgrad", "--wgrad"}
 
 
@@ -321,8 +339,7 @@ def test_zeros_stay_zeros_in_every_row():
 
 
 def test_the_readmes_own_recipe_runs_in_under_twenty_lines(tmp_path):
-    texts = [open(p).read() for p in (os.path.join(ROOT, "README.md"), os.path.join(ROOT, ".dev", "recipes-readme.md")) if os.path.exists(p)]
-    code = next(m.group(1) for m in (re.search(r"```python\n(# mine\.py.*?)```", t, re.S) for t in texts) if m)
+    code = re.search(r"```python\n(# mine\.py.*?)```", open(os.path.join(ROOT, "README.md")).read(), re.S).group(1)
     assert len(code.splitlines()) < 20
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "text.py").write_text("".join(f"def f{i}(x, y):\n    return x + {i} * y\n\n" for i in range(1500)))
