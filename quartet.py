@@ -17,6 +17,8 @@ import fp4                                                      # the table of p
 from data import prepare, tokenizer, tokens                     # corpora, vocabulary, token files
 from model import SIZES, Llama                                  # the model; knows nothing of training
 from scaling import ablation                                    # several runs side by side
+from scaling.logs import label
+from scaling.table import curves
 
 
 # ---- settings: parser, help text and default in one. A comma list of precisions (or axes) is an ablation
@@ -115,7 +117,7 @@ def complete(cfg):
         seq=cfg.seq or (256 if small else 512), lr=cfg.lr or lr, data=cfg.data or ("stdlib" if tiny else "python"),
         steps=350 if tiny and not given else cfg.steps,
         tokens_per_param=25 if not tiny and not given else cfg.tokens_per_param,
-        name=cfg.name or f"{size}-{ablation.label(vars(cfg))}")
+        name=cfg.name or f"{size}-{label(vars(cfg))}")
 
 
 # ---- schedule, evaluation, files
@@ -262,7 +264,7 @@ def train(cfg):
         log.write(f"# finished {datetime.date.today()}, peak memory {memory}\n")
 
     print("\n" + sample(model, data_folder, "def", cfg))
-    picture = ablation.curves(write, os.path.join(folder, "curve.svg"), {cfg.name: [history]})
+    picture = curves(write, os.path.join(folder, "curve.svg"), {cfg.name: [history]})
     if cfg.discard: os.remove(path)
     print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}" + f", {path}" * (not cfg.discard))
 
@@ -317,12 +319,12 @@ def main(argv):
     for seed in range(asked.seed, asked.seed + asked.seeds):
         for values in itertools.product(*choices):
             cfg = dataclasses.replace(asked, seed=seed, seeds=1, **dict(zip(AXES, values)))
-            name = f"{asked.name}-{ablation.label(vars(cfg))}" if asked.name and many else asked.name
+            name = f"{asked.name}-{label(vars(cfg))}" if asked.name and many else asked.name
             configs.append(complete(dataclasses.replace(cfg, name=name)))
     if asked.sample: return print(sample_from_checkpoint(configs[0]))
     if not many: return train(configs[0])
     if asked.jobs > 1: corpus(configs[0]), fp4.build()          # once, not in each process
-    name = asked.name or f"{configs[0].size}-{ablation.label(vars(asked))}".replace(",", "-")[:100]
+    name = asked.name or f"{configs[0].size}-{label(vars(asked))}".replace(",", "-")[:100]
     failed = ablation.compare([*dict.fromkeys(configs)], os.path.join(asked.out, name), train, write, FREE, sys.argv[0])
     check(not failed, f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: "
                       + "; ".join(f"{os.path.join(asked.out, name, 'log.txt')}: {said}" for name, said in failed.items()))

@@ -34,6 +34,14 @@ __device__ inline void load(const float* x, Vector& v, const uint32_t* flip = nu
   }
 }
 
+// four codes, in the low half of `word`, -> E2M1 as two words of BF16. The bytes of BF16 come from a table: __byte_perm
+__device__ inline uint2 bfloats(uint32_t word) {
+  const uint32_t four = word & 0x7777u;
+  const uint32_t signs = __byte_perm(word, 0, 0x1100), low = __byte_perm(0xC0800000u, 0xC0804000u, four);
+  const uint32_t high = __byte_perm(0x3F3F3F00u, 0x40404040u, four) | (signs << 4 & 0x00800080u) | (signs & 0x80008000u);
+  return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
+}
+
 __device__ inline uint32_t bfloat2(float a, float b) { const __nv_bfloat162 h = __floats2bfloat162_rn(a, b); uint32_t u; memcpy(&u, &h, 4); return u; }
 // four values -> E4M3 or E5M2
 template <bool e5m2> __device__ uint32_t fp8x4(float a, float b, float c, float d) {

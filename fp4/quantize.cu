@@ -92,7 +92,6 @@ __device__ uint4 nibbles(const Vector& r) {
 }
 
 // ---- the forward quantiser
-
 struct Packed { uint8_t *codes, *scales; int32_t* mask; };
 struct Tiles { uint4* values; float* scales; };
 
@@ -189,8 +188,8 @@ __device__ float get(float x, uint32_t sign) { return flipped(x, sign); }
 
 // what fills s.x with rows m0 ... of a matrix [M, K], zeros beyond it
 template <class T> struct Matrix {
-  const T* x;
   using Element = T;
+  const T* x;
   static constexpr bool both = true;                                       // the operand of dy itself is wanted too
   __device__ void fill(Shared<T>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
     constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;           // 16 bytes a thread and step
@@ -203,14 +202,6 @@ template <class T> struct Matrix {
     UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = q[i];
   }
 };
-
-// four codes, in the low half of `word`, -> E2M1 as two words of BF16. The bytes of BF16 come from a table: __byte_perm
-__device__ uint2 bfloats(uint32_t word) {
-  const uint32_t four = word & 0x7777u;
-  const uint32_t signs = __byte_perm(word, 0, 0x1100), low = __byte_perm(0xC0800000u, 0xC0804000u, four);
-  const uint32_t high = __byte_perm(0x3F3F3F00u, 0x40404040u, four) | (signs << 4 & 0x00800080u) | (signs & 0x80008000u);
-  return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
-}
 
 struct PackedMatrix {
   const uint8_t *codes, *scales;

@@ -94,8 +94,7 @@ def bits(mask):
     """bool [..., 32] -> int32 [...]: bit i is element i"""
     return (mask.long() << torch.arange(32, device=mask.device)).sum(-1).to(torch.int32)
 
-def unbits(words):
-    return words.long()[..., None] >> torch.arange(32, device=words.device) & 1
+def unbits(words): return words.long()[..., None] >> torch.arange(32, device=words.device) & 1
 
 # ---- the ops; schemas in __init__.py
 def quantize_forward(x, scale):

@@ -9,7 +9,7 @@ import quartet
 from data import prepare, tokens
 from fp4 import AXES
 from model import SIZES
-from scaling.ablation import read
+from scaling.logs import read
 from scaling.runs import COLUMNS, Stop, check
 from scaling.speeds import params
 

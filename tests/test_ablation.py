@@ -3,9 +3,9 @@ import ast, csv, dataclasses, math, os, signal, statistics, subprocess, sys, tim
 import pytest, torch
 import fp4, quartet
 from data import prepare
-from fp4 import bench, emulated
+from fp4 import emulated, tables
 from model import Llama
-from scaling import ablation
+from scaling import ablation, logs, table as side
 from test_train import ROOT, corpus, log, run                   # fixtures and a reader
 
 FEW = "--steps", 4, "--eval_every", 2, "--sample_tokens", 0
@@ -28,7 +28,7 @@ def written(tmp_path, vals, memory="n/a", **settings):
     folder = tmp_path / cfg.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.csv").write_text(quartet.log_text(cfg, "test", history) + f"# finished 2026-01-02, peak memory {memory}\n")
-    return ablation.read(folder / "log.csv")
+    return logs.read(folder / "log.csv")
 
 
 # ---- the table
@@ -37,13 +37,13 @@ def test_a_gap_is_the_mean_over_pairs_with_one_seed_and_noise_below_twice_its_st
     base, gaps = [5.0, 4.0, 4.5], dict(fp4=[.03, .05, .04], quartet2=[.03, -.02, .01])
     runs = [written(tmp_path, [6, v], precision="bf16", seed=s) for s, v in enumerate(base)]
     for name, of in gaps.items(): runs += [written(tmp_path, [6, v + g], precision=name, seed=s) for s, (v, g) in enumerate(zip(base, of))]
-    rows = {row.run: row for row in ablation.table(runs)}
+    rows = {row.run: row for row in side.table(runs)}
     for name, of in gaps.items():                               # the seeds differ by far more than the rows
         assert math.isclose(rows[name].gap, statistics.mean(of), abs_tol=1e-4)
         assert math.isclose(rows[name].error, statistics.stdev(of) / 3 ** .5, abs_tol=1e-4)
     assert rows["bf16"].gap is None and math.isclose(rows["bf16"].val, 4.5)
     assert not rows["fp4"].noise and rows["quartet2"].noise and rows["fp4"].tokens_per_s == 250
-    cells = table(ablation.text([*rows.values()], 1))
+    cells = table(side.text([*rows.values()], 1))
     assert cells["fp4"]["gap to bf16"] == "+0.0400 ± 0.0058" and cells["quartet2"]["gap to bf16"].endswith("(noise)")
     assert cells["bf16"] == {"run": "bf16", "seeds": "3", "val loss": "4.5000", "gap to bf16": "", "tokens/s": "250", "peak memory": "n/a"}
 
@@ -52,36 +52,36 @@ def test_a_run_that_ends_above_its_first_evaluation_or_at_nan_diverged_and_the_o
     runs = [written(tmp_path, [6, 5], precision="bf16", seed=s) for s in range(3)]
     runs += [written(tmp_path, vals, precision="fp4", seed=s) for s, vals in enumerate(([6, 5.5], [6, 6.1], [6, math.nan]))]
     runs += [written(tmp_path, [7, 7.5], precision="fp4-sr")]
-    bf16, some, all_ = ablation.table(runs)
+    bf16, some, all_ = side.table(runs)
     assert (some.diverged, some.seeds, all_.diverged) == (2, 3, 1) and math.isclose(some.gap, .5) and all_.val is None
-    cells = table(ablation.text([bf16, some, all_], 1))
+    cells = table(side.text([bf16, some, all_], 1))
     assert cells["fp4"]["val loss"] == "diverged (2 of 3) 5.5000" and cells["fp4-sr"]["val loss"] == "diverged (1 of 1)"
 
 
 def test_one_seed_gives_a_gap_without_a_spread_and_shared_machines_are_said(tmp_path):
     runs = [written(tmp_path, [6, v], precision=p, jobs=8) for p, v in (("bf16", 5), ("fp4", 5.25))]
-    said = ablation.text(ablation.table(runs), 8)
+    said = side.text(side.table(runs), 8)
     assert table(said)["fp4"]["gap to bf16"] == "+0.2500" and "seeds" not in said and "8 runs that share the machine" in said
 
 
 def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "README", str(tmp_path / "README.md"))
+    monkeypatch.setattr(tables, "README", str(tmp_path / "README.md"))
     monkeypatch.setattr(ablation, "PICTURE", str(tmp_path / "picture.svg"))
     (tmp_path / "README.md").write_text("before\n<!-- ablation -->\nold\n<!-- /ablation -->\nafter")
     for p, v in (("quartet2", 5.1), ("bf16", 5), ("fp4", 5.25)):
         for s in range(2): written(tmp_path / "study", [6, v + .1 * s], precision=p, seed=s)
-    logs = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
+    found = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
     os.rename(tmp_path / "study" / "tiny-fp4-seed1", tmp_path / "study" / "tiny-fp4-seed1.1")       # set aside: not of this study
-    logs = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
-    assert ablation.main(logs) == 0
+    found = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
+    assert ablation.main(found) == 0
     text = (tmp_path / "README.md").read_text()
     assert [*table(text)] == ["bf16", "fp4", "quartet2"] and table(text)["fp4"]["seeds"] == "1" and (tmp_path / "picture.svg").exists()
     assert "old" not in text and text.startswith("before") and "`stdlib`, 4,096 in the vocabulary; CPU, torch" in text and "2026-01-02" in text
     assert [row["run"] for row in csv.DictReader(open(tmp_path / "out" / "ablation.csv"))] == ["bf16", "fp4", "quartet2"]
     written(tmp_path / "study", [6, 5], precision="fp4-sr", seq=128)
     capsys.readouterr()
-    assert ablation.main([*logs, str(tmp_path / "study" / "tiny-fp4-sr" / "log.csv")]) == 2
+    assert ablation.main([*found, str(tmp_path / "study" / "tiny-fp4-sr" / "log.csv")]) == 2
     assert capsys.readouterr().err == "ablation: these runs differ in --seq: 128, 256\n" and (tmp_path / "README.md").read_text() == text
 
 

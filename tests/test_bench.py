@@ -27,7 +27,8 @@ def found():
     shapes = dict.fromkeys(bench.SHAPES + bench.WIDTHS)
     return dict(gpu="NVIDIA H200", torch="2.11.0", date="2026-11-23",
         kernels=[dict(name="copy", ms=0.1, terabytes_per_s=4., of_copy=1.), dict(name="fold", ms=0.2, terabytes_per_s=3., of_copy=0.75)],
-        products=[{"tokens": 16384, "out": 4096, "in": 4096, "row": row, "ms": RATIO[row]} for row in ("bf16", "fp4")],
+        products=[{"tokens": 16384, "out": 4096, "in": 4096, "row": row, "ms": RATIO[row]} for row in ("bf16", "fp8", "fp4")],
+        where=[dict(name="quantise x", ms=0.125, least_ms=0.1), dict(name="everything else", ms=0.01, least_ms=None)],
         linears=[entry(*s, row, 2 * RATIO[row]) for s in shapes for row in bench.ROWS],
         steps=[dict(size=size, row=row, ms=100 * RATIO[row], tokens_per_s=8192 / RATIO[row], peak_gib=20 * RATIO[row])
                for size in bench.STEPS for row in bench.ROWS])
@@ -109,6 +110,7 @@ def measured(found, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "kernels", lambda: found["kernels"])
     monkeypatch.setattr(bench, "each", lambda f, shapes, rows: found[f.__name__ + "s"])
     monkeypatch.setattr(bench, "steps", lambda sizes: found["steps"])
+    monkeypatch.setattr(bench, "where", lambda M, N, K, rate, bandwidth: found["where"])
     monkeypatch.setattr(bench, "README", str(tmp_path / "README.md"))
     monkeypatch.setattr(bench, "RESULTS", str(tmp_path / "bench.json"))
     (tmp_path / "README.md").write_text("a\n<!-- bench -->\n<!-- /bench -->\nb\n")
@@ -118,10 +120,10 @@ def measured(found, monkeypatch, tmp_path):
 def test_a_whole_run_rewrites_the_readme_and_keeps_every_number(measured, found):
     code, text, results = measured()
     assert code == 0 and text.startswith("a\n<!-- bench -->\n`make bench` on one NVIDIA H200") and text.endswith("<!-- /bench -->\nb\n")
-    for table in (bench.step_table(found["steps"]), bench.kernel_table(found["kernels"]), bench.width_table(found["linears"])):
+    for table in (bench.step_table(found["steps"]), bench.kernel_table(found["kernels"]), bench.width_table(found["linears"]), bench.where_table(found["where"])):
         assert table in text
     saved = json.loads(results.read_text())
-    assert all(saved[part] == found[part] for part in ("gpu", "kernels", "linears", "steps")) and {"torch", "date"} < set(saved)
+    assert all(saved[part] == found[part] for part in ("gpu", "kernels", "linears", "where", "steps")) and {"torch", "date"} < set(saved)
     assert not glob.glob(str(results.parent / "*.tmp"))
 
 

@@ -5,7 +5,7 @@ import fp4, quartet
 from fp4 import emulated, error, formats, recipes
 from fp4.recipes import Product
 from model import Llama
-from scaling import ablation
+from scaling.logs import label
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMULATED = [name for name, row in fp4.RECIPES.items() if row.quantised and not row.kernels]
@@ -296,7 +296,7 @@ def test_a_combination_without_meaning_is_refused_with_a_sentence_and_exit_code_
 
 def test_every_axis_is_a_flag_and_names_the_run():
     settings = quartet.parse(["--rotation", "none", "--signs", "none", "--dgrad", "off", "--scale", "nearest"])
-    assert ablation.label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
+    assert label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
     assert {f"--{axis}" for axis in fp4.AXES} == {"--format", "--scale", "--rotation", "--signs", "--rounding", "--forward", "--dgrad", "--wgrad"}
 
 
