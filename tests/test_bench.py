@@ -109,7 +109,7 @@ def measured(found, monkeypatch, tmp_path):
     monkeypatch.setattr(fp4, "build", lambda: "kernels")
     monkeypatch.setattr(bench, "kernels", lambda: found["kernels"])
     monkeypatch.setattr(bench, "each", lambda f, shapes, rows: found[f.__name__ + "s"])
-    monkeypatch.setattr(bench, "steps", lambda sizes: found["steps"])
+    monkeypatch.setattr(bench, "steps", lambda sizes: [found["steps"]])
     monkeypatch.setattr(bench, "where", lambda M, N, K, rate, bandwidth: found["where"])
     monkeypatch.setattr(bench, "README", str(tmp_path / "README.md"))
     monkeypatch.setattr(bench, "RESULTS", str(tmp_path / "bench.json"))
