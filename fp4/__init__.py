@@ -54,7 +54,7 @@ def padded(M): return (M + 31) // 32 * 32
 def operand(like, M, K, tiles, right=False):
     if not tiles: return packed(like, M, K)
     m, k = (M + 127) // 128, (K + 127) // 128
-    return like.new_empty(m, k, 128 * 128, dtype=torch.uint8), like.new_empty(m, k, 1 if right else 128, dtype=torch.float32)
+    return like.new_empty(m, k, 128 * 128, dtype=torch.uint8), like.new_empty(m, k, 4 if right else 128, dtype=torch.float32)
 
 for name, shapes in dict(
     quantize_forward=lambda x, scale: quantised(x),

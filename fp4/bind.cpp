@@ -112,7 +112,7 @@ Operand operand(const Tensor& like, int64_t M, int64_t K, Format format) {
   if (format == Format::packed) return {codes(like, M, K), scales(like, M, K)};
   CHECK(like.is_cuda(), "FP8 tiles are for a GPU");
   const int64_t m = (M + 127) / 128, k = (K + 127) / 128;
-  return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, k, format == Format::left ? 128 : 1}, ScalarType::Float)};
+  return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, k, format == Format::left ? 128 : 4}, ScalarType::Float)};
 }
 
 tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const Tensor& signs, const Tensor& seeds,
@@ -226,7 +226,7 @@ Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const T
   for (const Tensor* t : {&as, &b, &bs, &mask}) check_with(a, *t, "one of the operands");
   const int64_t M = mask.size(0), N = 32 * mask.size(1), depth = a.size(1);
   const auto shaped = [&](const Tensor& t, int64_t rows, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == depth && t.size(2) == n; };
-  CHECK(shaped(a, M, 128 * 128) && shaped(as, M, 128) && shaped(b, N, 128 * 128) && shaped(bs, N, 1),
+  CHECK(shaped(a, M, 128 * 128) && shaped(as, M, 128) && shaped(b, N, 128 * 128) && shaped(bs, N, 4),
         "the tiles of the operands do not match each other, or the mask's [", M, ", ", N, "]");
   const Device on(a);
   return product({a, as}, {b, bs}, M, N, (int32_t*)mask.data_ptr(), alpha, dtype, on);

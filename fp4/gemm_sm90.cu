@@ -7,12 +7,12 @@ of the first warpgroup keeps three stages of shared memory filled, 128 of K each
 work side by side on 256 x 256: each copies half of A for both, or else the L2 cache would be the limit.
 
 Hopper's FP8 unit keeps 13 fractional bits of the largest addend, so it sums only 128 of K; then the partial sum is multiplied
-by the scales of its row of A and of B (powers of two: exact) and added in FP32. While one warpgroup does that, the other's
+by the scales of its rows of A and B (powers of two: exact) and added in FP32. While one warpgroup does that, the other's
 products run.
 
 Before it is stored, a gradient is masked and rotated back (linear.py): outputs go through shared memory, where a thread
-finds a block of 32 neighbours of what its warp has. When there are too few tiles for the GPU, K is split, and a second kernel sums the parts, always
-in the same order.
+finds a block of 32 neighbours among what its warp has. When there are too few tiles for the GPU, K is split, and a second
+kernel sums the parts, always in the same order.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c gemm_sm90.cu
 */
@@ -28,7 +28,8 @@ constexpr int PITCH = 32 + 4;                                             // of 
 
 struct Shared {
   uint8_t a[STAGES][2][TILE_BYTES], b[STAGES][TILE_BYTES];                // 1024-byte aligned
-  float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32
+  float a_scales[STAGES][2][SIDE], b_scales[STAGES][4];
+  float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32, in different banks
   uint64_t full[STAGES], empty[STAGES];
 };
 
@@ -62,8 +63,6 @@ __device__ void copy_to_both(void* to, const void* from, int bytes, uint64_t* ba
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(barrier)), "h"(uint16_t(3)) : "memory");
 }
-
-__device__ float load_now(const float* p) { float x; asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(p)); return x; }
 
 __device__ int cluster_rank() { int rank; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)); return rank; }
 __device__ void cluster_sync() {
@@ -133,9 +132,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         const int64_t a = int64_t(min(2 * w.m + rank, p.a_tiles - 1)) * p.depth, b = int64_t(min(2 * w.n + rank, p.b_tiles - 1)) * p.depth;
         for (int k = w.first; k < w.last; k++, next()) {
           wait(&s.empty[stage], phase ^ 1);
-          expect(&s.full[stage], 3 * TILE_BYTES);
+          expect(&s.full[stage], 3 * TILE_BYTES + 2 * SIDE * 4 + 16);
           copy_to_both(s.a[stage][rank], p.a + (a + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
+          copy_to_both(s.a_scales[stage][rank], p.a_scales + (a + k) * SIDE, SIDE * 4, &s.full[stage]);
           copy(s.b[stage], p.b + (b + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
+          copy(s.b_scales[stage], p.b_scales + (b + k) * 4, 16, &s.full[stage]);
         }
       }
     __syncwarp();
@@ -156,37 +157,31 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
       const int64_t m = m0 + 64 * (i / 2) + lane / 2, n = n0 + 64 * (i % 2) + lane % 2 * 32;
       mask[i / 2][i % 2] = p.mask && m < p.M && n < p.N ? p.mask[(m * p.N + n) / 32] : 0;
     }
-    // scales: of this thread's two rows in each half, and of the tile of B; each is loaded a step before it is used
-    const float* a_scales = p.a_scales + int64_t(min(2 * w.m + half, p.a_tiles - 1)) * p.depth * SIDE + row;
-    const float* b_scales = p.b_scales + int64_t(min(2 * w.n + rank, p.b_tiles - 1)) * p.depth;
-    float scale[2][3], sum[2][64] = {};
-    const auto fetch = [&](int h, int k) {
-      UNROLL for (int r = 0; r < 2; r++) scale[h][r] = load_now(a_scales + k * SIDE + 64 * h + 8 * r);
-      scale[h][2] = load_now(b_scales + k);
-    };
-    fetch(0, w.first), fetch(1, w.first);
+    float sum[2][64] = {};
     wait(&s.full[stage], phase);
     for (int k = w.first; k < w.last; k++) {
       const uint32_t a = a_first + stage * (2 * TILE_BYTES >> 4), b = b_first + stage * (TILE_BYTES >> 4);
-      uint64_t* const done = &s.empty[stage];
+      const int now = stage;
       UNROLL for (int h = 0; h < 2; h++) {                                // rows 0 .. 63, then 64 .. 127
-        float part[64];
+        float part[64], scale[2][4];                                      // scale: of two rows and of 4 times 32 columns
+        UNROLL for (int j = 0; j < 8; j++) scale[j / 4][j % 4] = s.a_scales[now][half][64 * h + row + j / 4 * 8] * s.b_scales[now][j % 4];
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         wgmma<false>(part, a + (h * 64 * SIDE >> 4), b);
         UNROLL for (int j = 1; j < 4; j++) wgmma<true>(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4));
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (h == 1) {                                                     // what comes next, while the products run
+        if (h == 1) {
           next();
-          if (k + 1 < w.last) wait(&s.full[stage], phase);
+          if (k + 1 < w.last) wait(&s.full[stage], phase);                // what comes next, while the products run
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (h == 1 && lane == 0) arrive(done);
-        const float rows[2] = {scale[h][0] * scale[h][2], scale[h][1] * scale[h][2]};
+        if (h == 1) {
+          __syncwarp();                                                   // the scales have been read, too
+          if (lane == 0) arrive(&s.empty[now]);
+        }
         UNROLL for (int j = 0; j < 64; j++) {
           asm volatile("" : "+f"(part[j]));                               // not before the wait
-          sum[h][j] = __fmaf_rn(part[j], rows[j / 2 % 2], sum[h][j]);
+          sum[h][j] = __fmaf_rn(part[j], scale[j / 2 % 2][j / 16], sum[h][j]);
         }
-        if (k + 1 < w.last) fetch(h, k + 1);
       }
     }
     UNROLL for (int h = 0; h < 2; h++)                                    // ---- a warp: 16 rows of output, 64 columns at a time

@@ -9,9 +9,9 @@ window rounds. All-zero blocks do not count.
 
              FP8     s                a scale for            scales
     left     E4M3    -8 .. 6          128 of a row           [ceil(M/128), ceil(K/128), 128]
-    right    E5M2    -15 .. 13        a tile                 [ceil(M/128), ceil(K/128), 1]
+    right    E5M2    -15 .. 13        128 of 32 rows         [ceil(M/128), ceil(K/128), 4]
 
-A tile is made by 512 threads: 4 t .. 4 t + 3 own the four blocks of 32 of line t.
+Threads t .. t + 3 own a line's four blocks of 32, and 128 neighbouring threads own 32 lines.
 */
 #pragma once
 #include "cuda.cuh"
@@ -23,10 +23,11 @@ constexpr int NONE = -1000;                                   // the exponent of
 // e, the exponent of this thread's block -> that of the scale it shares. tops: shared memory, an int a warp, for a right operand
 template <bool right> __device__ int shared_scale(int e, int* tops) {
   if (right) {
+    const int warp = threadIdx.x / 32;
     for (int i = 16; i; i /= 2) e = max(e, __shfl_xor_sync(~0u, e, i));
-    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = e;
+    if (threadIdx.x % 32 == 0) tops[warp] = e;
     __syncthreads();
-    for (int i = 0; i < 16; i++) e = max(e, tops[i]);
+    for (int i = 0; i < 4; i++) e = max(e, tops[warp / 4 * 4 + i]);
   } else {
     for (int i = 1; i < 4; i *= 2) e = max(e, __shfl_xor_sync(~0u, e, i));
   }
@@ -38,7 +39,7 @@ template <bool right> __device__ void store_line(const uint32_t (&word)[8], int 
   for (int i = 0; i < 2; i++)                                 // chunk c of row r lies at c ^ r % 8
     values[tile * (SIDE * 8) + line * 8 + ((2 * part + i) ^ (line & 7))] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
   if (part == 0 && !right) scales[tile * SIDE + line] = pow2(scale);
-  if (part == 0 && right && line == 0) scales[tile] = pow2(scale);
+  if (part == 0 && right && line % 32 == 0) scales[tile * 4 + line / 32] = pow2(scale);
 }
 
 // 32 codes -> 32 bytes of 2^s E2M1: the 8 magnitudes are a table in two registers, and a code's low 3 bits select from it

@@ -25,7 +25,7 @@ NO_KERNEL = {"draw", "uniform", "mm_fp8"}                   # ops that are writt
 def tiles(M, K, right=False):
     """any operand of gemm_sm90.cu: FP8 values and their scales"""
     m, k = -(-M // 128), -(-K // 128)
-    return torch.randint(256, (m, k, 128 * 128), dtype=torch.uint8), torch.rand(m, k, 1 if right else 128)
+    return torch.randint(256, (m, k, 128 * 128), dtype=torch.uint8), torch.rand(m, k, 4 if right else 128)
 
 
 def calls(M, K, dtype):

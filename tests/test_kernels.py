@@ -68,14 +68,14 @@ def tiles_of(codes, scales, right=False):
     e = pad(scales.int(), (0, -K % 128 // 32, 0, -M % 128)).unflatten(-1, (-1, 4)) - 127        # [M, K/128, 4]
     counts = x.abs().amax(-1).gt(0) & x.isfinite().all(-1)
     largest = torch.where(counts, e, -999).amax(-1)                                             # of 128 neighbours
-    if right: largest = largest.unflatten(0, (-1, 128)).amax(1).repeat_interleave(128, 0)       # ... in 128 rows
+    if right: largest = largest.unflatten(0, (-1, 32)).amax(1).repeat_interleave(32, 0)         # ... in 32 rows
     s, octaves, dtype = (13, 29, torch.float8_e5m2) if right else (6, 15, torch.float8_e4m3fn)
     top = largest.clamp_min(-112)
     fp8 = (x / reference.pow2(top - s).double()[..., None, None]).float().to(dtype).flatten(-2).view(torch.uint8)
     chunks = fp8.unflatten(0, (-1, 128)).transpose(1, 2).unflatten(-1, (8, 16))                 # [M/128, K/128, 128, 8, 16]
     where = (torch.arange(128)[:, None] & 7) ^ torch.arange(8)
     swizzled = chunks.gather(3, where[..., None].expand(chunks.shape))
-    top = top.unflatten(0, (-1, 128)).transpose(1, 2)[..., ::128 if right else 1]
+    top = top.unflatten(0, (-1, 128)).transpose(1, 2)[..., ::32 if right else 1]
     return swizzled.flatten(2), reference.pow2(top - s).contiguous(), int((counts & (e <= largest[..., None] - octaves)).sum())
 
 
