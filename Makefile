@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 endif
 
 help:           ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 train: kernels pictures ## train the tiny model in FP4 on the default corpus, then let it write: 3 minutes on two cores
 	$(PYTHON) quartet.py --precision fp4 --size tiny
@@ -25,7 +25,7 @@ kernels: $(INSTALLED) ## compile the kernels for this machine
 pictures: $(INSTALLED)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
 
-bench: kernels  ## on a GPU: kernels, linears and training steps against BF16, 4 minutes; rewrites the README's tables
+bench: kernels  ## on a GPU: kernels, linears and training steps against BF16, 6 minutes; rewrites the README's tables
 	$(PYTHON) -m fp4.bench
 
 # a .cu named after a machine is for that machine, every other one for all of these
@@ -44,6 +44,9 @@ $(JOBS):
 	@file=$(word 1,$(subst @, ,$@)) gpu=$(word 2,$(subst @, ,$@)) start=$$(date +%s); \
 	nvcc -O3 -std=c++17 -fmad=false -Werror all-warnings -gencode=arch=compute_$$gpu,code=sm_$$gpu -c $$file -o /dev/null && \
 	echo "$$file for sm_$$gpu: $$(($$(date +%s) - start)) s"
+
+blackwell-report: kernels ## on a Blackwell GPU: tests and times of the FP4 products with the real instructions, into blackwell_report.md
+	$(PYTHON) tests/blackwell_report.py
 
 sanitize: kernels ## on a GPU: every kernel under compute-sanitizer: memcheck, racecheck, initcheck
 	$(PYTHON) tests/sanitize.py
@@ -64,4 +67,4 @@ clean:          ## remove what was built and prepared; keeps out/
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: help train ablation law kernels pictures bench compile $(JOBS) sanitize test lines clean
+.PHONY: help train ablation law kernels pictures bench compile $(JOBS) sanitize blackwell-report test lines clean
