@@ -501,10 +501,10 @@ def test_the_corpora_from_the_network_are_made_of_what_it_sends(server, tmp_path
     server.body = gzip.compress("\n".join(json.dumps(dict(text=page)) for page in pages).encode())
     train, val = texts(prepare.prepare("c4", 300))
     assert train == val == "".join(tokenizer.END + page.replace("\ud800", "?") for page in pages)
-    before = digest(tmp_path / "c4")
-    train, val = prepare.files(prepare.prepare("c4", shards=3))
+    before = digest(tmp_path / "c4-300")
+    train, val = prepare.files(prepare.prepare("c4", 300, shards=3))
     assert len(open_tokens(train)) == 3 and len(open_tokens(val)) == 1
-    assert set(before) <= set(digest(tmp_path / "c4"))                  # what was there is kept
+    assert set(before) <= set(digest(tmp_path / "c4-300"))                  # what was there is kept
     server.body = b"To be, or not to be\n" * 500
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(server.body).hexdigest())
     assert "".join(texts(prepare.prepare("shakespeare", 300))) == tokenizer.END + server.body.decode()
