@@ -422,14 +422,15 @@ def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
     from fp4 import bench as writer
     def linear(M, N, K, row): return dict(forward_ms=4., backward_ms=8., ms=12., called_ms=13.) if row == "bf16" else \
                                      dict(forward_ms=2., backward_ms=4., ms=6., called_ms=7.)
-    for what, value in dict(kernels=list, product=lambda *_: dict(ms=1.), linear=linear,
-                            steps=lambda sizes: [dict(size="30M", row=row, ms=ms) for row, ms in (("bf16", 2.), ("fp4", 3.))],
+    copy = dict(name="copy", ms=1., terabytes_per_s=3., of_copy=1.)
+    for what, value in dict(kernels=lambda: [copy], where=lambda *_: [], product=lambda *_: dict(ms=1.), linear=linear,
+                            steps=lambda sizes: [[dict(size="30M", row=row, ms=ms) for row, ms in (("bf16", 2.), ("fp4", 3.))]],
                             report=str, RESULTS=str(tmp_path / "bench.json"), README=str(tmp_path / "README.md")).items():
         monkeypatch.setattr(writer, what, value)
     for what, value in dict(is_available=True, get_device_name="Test GPU", get_device_capability=(9, 0)).items():
         monkeypatch.setattr(torch.cuda, what, lambda value=value: value)
     monkeypatch.setattr(fp4, "build", lambda: "kernels")
-    (tmp_path / "README.md").write_text("".join(writer.MARKERS))
+    (tmp_path / "README.md").write_text("<!-- bench --><!-- /bench -->")
     assert writer.main([]) == 0
     s = speeds.speeds(writer.RESULTS)
     assert s.name == "Test GPU" and s.has("fp8") and "30M there: fp4 takes 1.50 of bf16's time" in s.steps[0]
