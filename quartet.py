@@ -16,9 +16,7 @@ from tqdm import tqdm
 import fp4                                                      # the table of precisions
 from data import prepare, tokenizer, tokens                     # corpora, vocabulary, token files
 from model import SIZES, Llama                                  # the model; knows nothing of training
-from scaling import ablation                                    # several runs side by side
-from scaling.logs import label
-from scaling.table import curves
+from scaling import ablation, logs, table                       # several runs side by side
 
 
 # ---- settings: parser, help text and default in one. A comma list of precisions (or axes) is an ablation
@@ -49,6 +47,7 @@ class Settings:
     resume: bool = False            # continue from the run's checkpoint, bit for bit
     discard: bool = False           # remove the checkpoint when the run is finished
     compile: bool = False           # torch.compile the model
+    gemm: str = "fp8"               # where a Blackwell GPU multiplies FP4: fp8 | own | library (FP4 units: our kernel, NVIDIA's)
     sample: str = ""                # do not train: continue this text with the run's checkpoint
     sample_tokens: int = 200        # how long a sample is
     device: str = ""                # cpu | cuda; default: a GPU if there is one
@@ -87,7 +86,6 @@ def parse(argv):
 
 
 def number(text): return int(float(text)) if float(text).is_integer() else int(text)         # 3e9 is a whole number too
-
 def axes(cfg): return {axis: getattr(cfg, axis) for axis in fp4.AXES if getattr(cfg, axis)}
 
 
@@ -107,6 +105,7 @@ def complete(cfg):
     except ValueError as error: raise Stop(str(error))
     dtype = cfg.dtype or ("float32" if device == "cpu" else "bfloat16")
     check(dtype in ("bfloat16", "float32"), f"dtype {dtype!r} is not bfloat16 or float32")
+    check(cfg.gemm in ("fp8", "own", "library"), f"gemm {cfg.gemm!r} is not fp8, own or library")
     tiny, small = size == "tiny", size in ("tiny", "3M")
     batch = cfg.batch or {"tiny": 8, "3M": 128}.get(size, 512)
     micro = cfg.micro or math.gcd(batch, min(64, 2 ** int(math.log2(65536 / width))))
@@ -117,7 +116,7 @@ def complete(cfg):
         seq=cfg.seq or (256 if small else 512), lr=cfg.lr or lr, data=cfg.data or ("stdlib" if tiny else "python"),
         steps=350 if tiny and not given else cfg.steps,
         tokens_per_param=25 if not tiny and not given else cfg.tokens_per_param,
-        name=cfg.name or f"{size}-{label(vars(cfg))}")
+        name=cfg.name or f"{size}-{logs.label(vars(cfg))}")
 
 
 # ---- schedule, evaluation, files
@@ -197,6 +196,7 @@ def corpus(cfg):
 
 def build_model(cfg, vocab):
     torch.manual_seed(cfg.seed), cfg.compile and torch.compiler.reset()         # torch keeps 8 compiled versions of a model
+    fp4.product.GEMM = cfg.gemm
     layers, C, H, _ = SIZES[cfg.size]
     V = -(-vocab // 64) * 64                                    # matrix units like round numbers
     return Llama(layers, C, H, V, cfg.seq, cfg.precision, getattr(torch, cfg.dtype), cfg.keep_first, cfg.keep_last,
@@ -264,7 +264,7 @@ def train(cfg):
         log.write(f"# finished {datetime.date.today()}, peak memory {memory}\n")
 
     print("\n" + sample(model, data_folder, "def", cfg))
-    picture = curves(write, os.path.join(folder, "curve.svg"), {cfg.name: [history]})
+    picture = table.curves(write, os.path.join(folder, "curve.svg"), {cfg.name: [history]})
     if cfg.discard: os.remove(path)
     print(f"\n{cfg.name}: final val loss {history[-1][2]:.4f}; {log_path}, {picture}" + f", {path}" * (not cfg.discard))
 
@@ -319,12 +319,12 @@ def main(argv):
     for seed in range(asked.seed, asked.seed + asked.seeds):
         for values in itertools.product(*choices):
             cfg = dataclasses.replace(asked, seed=seed, seeds=1, **dict(zip(AXES, values)))
-            name = f"{asked.name}-{label(vars(cfg))}" if asked.name and many else asked.name
+            name = f"{asked.name}-{logs.label(vars(cfg))}" if asked.name and many else asked.name
             configs.append(complete(dataclasses.replace(cfg, name=name)))
     if asked.sample: return print(sample_from_checkpoint(configs[0]))
     if not many: return train(configs[0])
     if asked.jobs > 1: corpus(configs[0]), fp4.build()          # once, not in each process
-    name = asked.name or f"{configs[0].size}-{label(vars(asked))}".replace(",", "-")[:100]
+    name = asked.name or f"{configs[0].size}-{logs.label(vars(asked))}".replace(",", "-")[:100]
     failed = ablation.compare([*dict.fromkeys(configs)], os.path.join(asked.out, name), train, write, FREE, sys.argv[0])
     check(not failed, f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: "
                       + "; ".join(f"{os.path.join(asked.out, name, 'log.txt')}: {said}" for name, said in failed.items()))

@@ -10,6 +10,7 @@ Torch's stable ABI (torch/csrc/stable) compiles in seconds and needs nothing but
 #include <stdexcept>
 #include <string>
 #include "ops.h"
+#include "scale_tiles.cuh"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -233,6 +234,24 @@ Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const T
 }
 #endif
 
+#ifdef GEMM_MXF4
+// packed [M, K], [N, K] -> alpha * a @ b.T on Blackwell's FP4 units
+Tensor gemm_mxf4(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
+  check_packed(a, as), check_packed(b, bs), check_with(a, b, "b");
+  CHECK(a.size(1) == b.size(1), "the products' inner dimensions differ: ", 2 * a.size(1), " and ", 2 * b.size(1));
+  const Device on(a);
+  const auto tiled = [&](const Tensor& s) {
+    Tensor tiles = torch::stable::new_empty(s, {mxfp4::tiled_bytes(s.size(0), s.size(1))}, ScalarType::Byte);
+    swizzle_scales(bytes(s), s.size(0), s.size(1), bytes(tiles), on.stream);
+    return tiles;
+  };
+  const Tensor a_tiles = tiled(as), b_tiles = tiled(bs);
+  Tensor out = empty(a, a.size(0), b.size(0), dtype);
+  GEMM_MXF4(bytes(a), bytes(a_tiles), bytes(b), bytes(b_tiles), a.size(0), b.size(0), 2 * a.size(1), float(alpha), values(out), on.stream);
+  return out;
+}
+#endif
+
 const auto same_on_both = [](auto& m) {
   m.impl("quantize_forward", TORCH_BOX(&quantize_forward));
   m.impl("quantize_backward", TORCH_BOX(&quantize_backward));
@@ -252,6 +271,9 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
   same_on_both(m);
   m.impl("fold", TORCH_BOX(&fold_packed));                     // for a library's gemm: product.py
+#ifdef GEMM_MXF4
+  m.impl("gemm", TORCH_BOX(&gemm_mxf4));
+#endif
 #ifdef GEMM_SM90
   m.impl("gemm", TORCH_BOX(&gemm_tiles));
   m.impl("quantize_gemm", TORCH_BOX(&quantize_gemm));

@@ -15,9 +15,9 @@ def build():
     try:
         if torch.cuda.is_available():
             capability = torch.cuda.get_device_capability()
-            target, hopper = "{0}{1}".format(*capability), capability == (9, 0)
-            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu", "unrotate.cu", "fold.cu"] + ["gemm_sm90.cu"] * hopper,
-                             ["-DUSE_CUDA"] + ["-DGEMM_SM90"] * hopper, target + "a" * hopper)
+            files, flags = product.own(capability)
+            compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu", "unrotate.cu", "fold.cu", *files], ["-DUSE_CUDA", *flags],
+                             "{0}{1}".format(*capability) + "a" * bool(files))
             how = f"quantize.cu and {product.choose(capability, lib)} on the GPU, cpu.cpp on the CPU"
         else:
             compile_and_load(["bind.cpp", "cpu.cpp"], [])

@@ -48,4 +48,9 @@ void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const 
                const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not
                float* partial,                                // [splits, M, N] when splits > 1
                int splits, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
+// Blackwell only: gemm_sm100.cu and gemm_sm120.cu, swizzle.cu; scales in the tiles of scale_tiles.cuh
+void swizzle_scales(const uint8_t* scales, int64_t rows, int64_t blocks, uint8_t* out, void* stream);
+using GemmMxf4 = void(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
+                      float alpha, Values out, void* stream);     // out [M, N] = alpha * a @ b.T
+GemmMxf4 gemm_sm100, gemm_sm120;
 const char* launch_error();                                   // of the last launch, or nullptr

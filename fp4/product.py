@@ -1,23 +1,38 @@
 """
-alpha * a @ b.T of packed matrices on a GPU without FP4 units: in a wider format that holds every MXFP4 value. A product in
-the FP8 of Hopper and Ada has MXFP4's exact operands, because a block scale is a power of two and fits into the exponent:
-2^s * E2M1 is E4M3 for 15 consecutive s (fold.cu). Hopper has a product of its own, gemm_sm90.cu; elsewhere the library's
-FP8 or BF16 product does it.
+Which product alpha * a @ b.T of packed matrices a GPU runs.
+
+Without FP4 units: in a wider format that holds every MXFP4 value. A product in the FP8 of Hopper and Ada has MXFP4's exact
+operands, because a block scale is a power of two and fits into the exponent: 2^s * E2M1 is E4M3 for 15 consecutive s
+(fold.cu). Hopper has a product of its own, gemm_sm90.cu; elsewhere the library's FP8 or BF16 product does it.
+
+Blackwell has FP4 units, and two ways to them: gemm_sm100.cu or gemm_sm120.cu ("own"), and the library's NVFP4 product
+(nvfp4.py). Neither has run on the hardware, so that "fp8" remains the default there; quartet.py's --gemm sets GEMM.
 """
 import torch
+from . import nvfp4
 
 ops = torch.ops.fp4
+GEMM = "fp8"                    # on Blackwell: fp8 | own | library
 TILES = False                   # gemm_sm90.cu multiplies: a gradient's operands are FP8 tiles
+
+
+def own(capability):
+    """the files of a product of our own, and what bind.cpp is told of it; nothing: a library multiplies"""
+    if capability == (9, 0): return ["gemm_sm90.cu"], ["-DGEMM_SM90"]
+    name = {10: "gemm_sm100", 12: "gemm_sm120"}.get(capability[0])
+    return ([name + ".cu", "swizzle.cu"], [f"-DGEMM_MXF4={name}"]) if name and GEMM == "own" else ([], [])
 
 
 def choose(capability, lib):
     """register the product for a GPU; returns what to call it"""
     global TILES
     TILES = capability == (9, 0)
+    files, _ = own(capability)
     if TILES: return "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)"
-    fp8 = capability >= (8, 9)
-    lib.impl("gemm", gemm_fp8 if fp8 else gemm_bf16, "CUDA")
-    return f"exact FP4 products on {'FP8' if fp8 else 'BF16'} tensor cores"
+    if files: return f"products on FP4 tensor cores ({files[0]}, which has not been run on this hardware by its authors)"
+    four, eight = capability[0] in (10, 12) and GEMM == "library", capability >= (8, 9)
+    lib.impl("gemm", nvfp4.gemm if four else gemm_fp8 if eight else gemm_bf16, "CUDA")
+    return "products on FP4 tensor cores (the library's)" if four else f"exact FP4 products on {'FP8' if eight else 'BF16'} tensor cores"
 
 
 def tiles(x): return TILES and x.is_cuda

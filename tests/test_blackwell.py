@@ -3,10 +3,10 @@ Blackwell's products, fp4/gemm_sm120.cu and gemm_sm100.cu. On a Blackwell GPU th
 them does (-DFP4_MODEL: mma_mxf4_model.cuh, tcgen05_model.cuh) and everything else is the code that ships; without a GPU remain
 the layouts, the fragments, compilation and what the disassembler shows.
 """
-import ctypes, glob, os, re, shutil, subprocess, sys
+import ctypes, glob, os, re, shutil, subprocess, sys, types
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
-from fp4 import nvfp4, reference
+from fp4 import nvfp4, product, reference
 from fp4.nvfp4 import swizzle
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
@@ -139,6 +139,26 @@ def test_the_library_takes_the_shapes_of_the_operands(M, N, K):
 
 
 # ---- compilation
+
+@needs_gpp
+@pytest.mark.parametrize("flags", [["-DGEMM_SM90"], ["-DGEMM_MXF4=gemm_sm100"], ["-DGEMM_MXF4=gemm_sm120"], []])
+def test_the_bindings_compile_for_every_kind_of_gpu(flags):
+    from torch.utils.cpp_extension import include_paths
+    run("g++", "-std=c++17", "-fsyntax-only", "-DUSE_CUDA", *flags, *(f"-I{path}" for path in include_paths()), "fp4/bind.cpp", cwd=ROOT)
+
+
+@pytest.mark.parametrize("capability, gemm, files, name", [
+    ((9, 0), "fp8", ["gemm_sm90.cu"], None), ((9, 0), "own", ["gemm_sm90.cu"], None), ((8, 0), "own", [], "gemm_bf16"), ((8, 9), "own", [], "gemm_fp8"),
+    ((10, 3), "fp8", [], "gemm_fp8"), ((10, 0), "own", ["gemm_sm100.cu", "swizzle.cu"], None), ((12, 1), "own", ["gemm_sm120.cu", "swizzle.cu"], None),
+    ((12, 0), "library", [], "gemm"), ((10, 0), "library", [], "gemm")])
+def test_each_gpu_has_its_product(capability, gemm, files, name, monkeypatch):
+    registered = []
+    monkeypatch.setattr(product, "GEMM", gemm)
+    monkeypatch.setattr(product, "TILES", False)
+    said = product.choose(capability, types.SimpleNamespace(impl=lambda op, f, device: registered.append((op, f.__name__, device))))
+    assert product.own(capability)[0] == files and registered == [("gemm", name, "CUDA")] * bool(name)
+    assert product.TILES == (capability == (9, 0)) and ("FP4 tensor cores" in said) == (gemm != "fp8" and capability[0] >= 10)
+
 
 def machine_code(kernel, target, folder):
     """what ptxas says, and the disassembly"""

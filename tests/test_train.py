@@ -285,7 +285,7 @@ def test_without_a_compiler_the_definition_runs_and_one_line_says_so(tmp_path):
 
 # ---- the tree
 
-ORDER = ["quartet", "model", "fp4", "fp4.linear", "fp4.baselines", "fp4.fp8", "fp4.emulated", "fp4.build", "fp4.product", "fp4.recipes",
+ORDER = ["quartet", "model", "fp4", "fp4.linear", "fp4.baselines", "fp4.fp8", "fp4.emulated", "fp4.build", "fp4.product", "fp4.nvfp4", "fp4.recipes",
          "fp4.formats", "fp4.reference"]
 
 
