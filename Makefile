@@ -52,8 +52,8 @@ sanitize: kernels ## on a GPU: every kernel under compute-sanitizer: memcheck, r
 	$(PYTHON) tests/sanitize.py
 
 test: $(INSTALLED) ## all tests
-	$(PYTHON) -c "import pytest, matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q pytest matplotlib
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -c "import pytest, xdist, matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q pytest pytest-xdist matplotlib
+	$(PYTHON) -m pytest -q -n 2 tests
 
 lines:          ## lines a file, against the reading budget
 	@python3 tests/lines.py
