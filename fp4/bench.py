@@ -133,6 +133,19 @@ def product(M, N, K, row):
 
 # ---- linears
 
+def layer_and_inputs(M, N, K, row):
+    """a compiled layer, and its forward and backward pass on inputs that rotate"""
+    layer = fp4.Linear(K, N, row).cuda()
+    fp4.quantize_weights_after(torch.optim.SGD(layer.parameters()), layer)      # as in training, before a microbatch
+    run = torch.compile(layer, fullgraph=True, dynamic=False)
+    normal = lambda n: torch.randn(M, n, device="cuda", dtype=torch.bfloat16)
+    pairs = [(normal(K).requires_grad_(), normal(N)) for _ in range(rotation(2 * M * (K + N)))]
+    def both(x, dy):
+        x.grad = layer.weight.grad = None
+        run(x).backward(dy)
+    return run, both, pairs
+
+
 def linear(M, N, K, row):
     run, both, pairs = layer_and_inputs(M, N, K, row)
     def forward_of_all():
@@ -152,19 +165,6 @@ def each(measure, shapes, rows):
         found.append({"tokens": M, "out": N, "in": K, "row": row, **fits(measure, M, N, K, row)})
         say(f"{measure.__name__} {M}, {N}, {K} {row}, ms: {show(found[-1].get('ms'), '.3f')}")
     return found
-
-
-def layer_and_inputs(M, N, K, row):
-    """a compiled layer, and its forward and backward pass on inputs that rotate"""
-    layer = fp4.Linear(K, N, row).cuda()
-    fp4.quantize_weights_after(torch.optim.SGD(layer.parameters()), layer)      # as in training, before a microbatch
-    run = torch.compile(layer, fullgraph=True, dynamic=False)
-    normal = lambda n: torch.randn(M, n, device="cuda", dtype=torch.bfloat16)
-    pairs = [(normal(K).requires_grad_(), normal(N)) for _ in range(rotation(2 * M * (K + N)))]
-    def both(x, dy):
-        x.grad = layer.weight.grad = None
-        run(x).backward(dy)
-    return run, both, pairs
 
 
 # a kernel's name -> what it is for, operations and bytes of memory it cannot do without
@@ -339,8 +339,8 @@ def main(argv):
         if asked.only in (None, "steps"):
             for so_far in steps(["tiny", "30M"] if asked.quick else STEPS): yield "steps", so_far
     start = time.perf_counter()
-    for name, numbers_of in measured():
-        found[name] = numbers_of
+    for name, value in measured():
+        found[name] = value
         say(f"{name}: {time.perf_counter() - start:.0f} s")
         if whole: write(RESULTS, json.dumps(found, indent=1))   # what is measured is not lost
     print(report(found))

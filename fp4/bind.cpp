@@ -58,6 +58,12 @@ void check_packed(const Tensor& codes, const Tensor& scales) {
         codes.size(0), ", ", codes.size(1), "], [", scales.size(0), ", ", scales.size(1), "]");
 }
 
+// the right operand of a product with a [M, K]
+void check_right(const Tensor& b, const Tensor& bs, const Tensor& a, int64_t K) {
+  check_packed(b, bs), check_with(a, b, "b");
+  CHECK(2 * b.size(1) == K, "the products' inner dimensions differ: ", K, " and ", 2 * b.size(1));
+}
+
 void check_random(const Tensor& x, const Tensor& t, const char* name, int64_t n) {
   check_tensor(t, name, 1, ScalarType::Long), check_with(x, t, name);
   CHECK(t.numel() == n, name, " must have ", n, " element(s), got ", t.numel());
@@ -150,8 +156,7 @@ Tensor dequantize(const Tensor& c, const Tensor& s, ScalarType dtype) {
 
 // the operands are exact in float32; the library multiplies them
 Tensor gemm(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
-  check_packed(a, as), check_packed(b, bs);
-  CHECK(a.size(1) == b.size(1), "the products' inner dimensions differ: ", 2 * a.size(1), " and ", 2 * b.size(1));
+  check_packed(a, as), check_right(b, bs, a, 2 * a.size(1));
   Tensor x = dequantize(a, as, ScalarType::Float), y = dequantize(b, bs, ScalarType::Float);
   Tensor c = torch::stable::matmul(x, torch::stable::transpose(y, 0, 1));
   if (alpha == 1 && dtype == ScalarType::Float) return c;
@@ -190,15 +195,10 @@ Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const i
 }
 
 Operand folded(const Tensor& c, const Tensor& s, Format format, const Device& on) {
+  CHECK(format == Format::left || c.size(0) % 8 == 0, "the rows of b must be a multiple of 8, got ", c.size(0));      // stores of 16 bytes
   const Operand to = operand(c, c.size(0), 2 * c.size(1), format);
   fold_tiles(bytes(c), bytes(s), c.size(0), 2 * c.size(1), format == Format::right, to.values.data_ptr(), (float*)to.scales.data_ptr(), on.stream);
   return to;
-}
-
-void check_right(const Tensor& b, const Tensor& bs, const Tensor& a, int64_t K) {
-  check_packed(b, bs), check_with(a, b, "b");
-  CHECK(2 * b.size(1) == K, "the products' inner dimensions differ: ", K, " and ", 2 * b.size(1));
-  CHECK(b.size(0) % 8 == 0, "the rows of b must be a multiple of 8, got ", b.size(0));
 }
 
 // packed [M, K], [N, K] -> alpha * a @ b.T
@@ -237,8 +237,7 @@ Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const T
 #ifdef GEMM_MXF4
 // packed [M, K], [N, K] -> alpha * a @ b.T on Blackwell's FP4 units
 Tensor gemm_mxf4(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
-  check_packed(a, as), check_packed(b, bs), check_with(a, b, "b");
-  CHECK(a.size(1) == b.size(1), "the products' inner dimensions differ: ", 2 * a.size(1), " and ", 2 * b.size(1));
+  check_packed(a, as), check_right(b, bs, a, 2 * a.size(1));
   const Device on(a);
   const auto tiled = [&](const Tensor& s) {
     Tensor tiles = torch::stable::new_empty(s, {mxfp4::tiled_bytes(s.size(0), s.size(1))}, ScalarType::Byte);

@@ -13,7 +13,7 @@ import ctypes, dataclasses, functools, glob, itertools, os, shutil, subprocess, 
 import torch
 from fp4 import RECIPES
 from scaling.logs import label, read
-from scaling.table import curves, report
+from scaling.table import report
 
 # All rows, 25 tokens a parameter. Eight at a time: one such model leaves most of an H100 idle
 STUDY = ("--precision all --size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 5 --jobs 8 --compile "

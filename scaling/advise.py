@@ -11,7 +11,6 @@ Times are of the linears in the blocks (speeds.py): attention, head and optimize
 """
 import numpy as np
 from scaling import fitting, law, regions
-from scaling.runs import check
 
 
 def human(x):

@@ -1,7 +1,6 @@
 """Facts about --precision fp8: fp4/fp8.py."""
 import pytest, torch
 import fp4
-from fp4 import fp8
 
 
 def layer_and_input(n_in=96, n_out=48, tokens=40, dtype=torch.float32):

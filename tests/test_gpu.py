@@ -3,7 +3,7 @@ import types
 import pytest, torch
 import fp4, quartet
 from data import tokens
-from fp4 import linear, product, reference
+from fp4 import linear
 from test_kernels import tiles_of
 
 ops = torch.ops.fp4

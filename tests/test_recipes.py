@@ -2,7 +2,7 @@
 import os, re, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 import fp4, quartet
-from fp4 import emulated, error, formats, recipes
+from fp4 import emulated, error
 from fp4.recipes import Product
 from model import Llama
 from scaling.logs import label

@@ -439,7 +439,7 @@ def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
 
 
 def test_a_gpu_without_fp8_is_compared_with_bf16(cli, tmp_path):
-    path = bench(tmp_path / "bench.json", rows=("bf16", "fp4"))
+    bench(tmp_path / "bench.json", rows=("bf16", "fp4"))
     code, out, _ = cli("regions")                               # this machine's file is found by itself
     assert code == 0 and "Test GPU" in out and "BF16:FP4" in out and "not measured: on a GPU" not in out
     code, out, _ = cli("advise", "--params", "1B", "--tokens", "50B")
