@@ -6,7 +6,7 @@ in emulated.py. Each is forward(x, w, recipe) -> y, saved and backward(dy, saved
 import torch
 import torch.nn.functional as F
 from . import fp8
-from .emulated import METHODS, product, rotate, uniform
+from .emulated import METHODS, cast, product, rotate, uniform
 from .formats import E2M1, INT4, Grid, block, to_grid, total, unblock
 
 
@@ -51,7 +51,7 @@ def luq_backward(dy, saved, recipe):
 def tiles(v, dtype):
     b = block(F.pad(v.float(), (0, -v.shape[1] % 32)), 32, True)
     s = b.abs().amax(-1, True).clamp_min(1e-5) / 6
-    return unblock(to_grid(b / s, E2M1) * s, len(v), 32, True)[:, :v.shape[1]].to(dtype)
+    return cast(unblock(to_grid(b / s, E2M1) * s, len(v), 32, True)[:, :v.shape[1]], dtype)
 
 def jetfire_forward(x, w, recipe):
     xq, wq = tiles(x, x.dtype), tiles(w, x.dtype)
@@ -80,7 +80,7 @@ def halo_backward(dy, saved, recipe):
     x, w = saved
     n = width(len(dy))
     (g, gf), (w, wf) = halo(rotate(dy.T, n).T, dy.dtype), halo(w, dy.dtype)
-    dx = rotate(product(g, w.T, gf * wf, dy.dtype).T, n).T.to(dy.dtype)
+    dx = cast(rotate(product(g, w.T, gf * wf, dy.dtype).T, n).T, dy.dtype)
     (g, gf), (x, xf) = halo(dy, dy.dtype), halo(x, dy.dtype)
     return dx, product(g.T, x.T, gf * xf, torch.float32)
 
@@ -114,7 +114,7 @@ def lss_backward(dy, saved, recipe):
     dx = product(both[:M] + both[M:], w.T, wf, dy.dtype)
     both = sampled(norm(split) * norm(x).repeat(2), for_dw)
     dw = product((both[:M] + both[M:]).T, x.T, xf, torch.float32)
-    return [rotate(d * mask, 32)[:, :original.shape[1]].to(d.dtype) for d, mask in ((dx, x_mask), (dw, w_mask))]
+    return [cast(rotate(d * mask, 32)[:, :original.shape[1]], d.dtype) for d, mask in ((dx, x_mask), (dw, w_mask))]
 
 
 METHODS.update({

@@ -43,8 +43,10 @@ def turn(v, how, signs, back=False):
 
 def product(a, b, factor, dtype):
     """factor * a @ b.T"""
-    y = (a @ b.T).float() * factor                             # compiled by torch 2.11, a Function that returns a .to()
-    return y if y.dtype == dtype else y.to(dtype)                   # without effect gets zeros for a gradient
+    return cast((a @ b.T).float() * factor, dtype)
+
+# compiled by torch 2.11, a Function that returns a .to() without effect gets zeros for a gradient
+def cast(y, dtype): return y if y.dtype == dtype else y.to(dtype)
 
 def pad(v, how): return F.pad(v, (0, -v.shape[-1] % max(how.rotation, BLOCK[how.format])))
 
@@ -89,7 +91,7 @@ def backward(dy, saved, recipe):
         d = product(a, pad(b, p) if p else b, af * bf.T, dtype)
         if mask is not None: d = d * mask                       # a product, not a selection: NaN stays visible
         if how: d = turn(d, how, signs, back=True)
-        grads.append(d[:, :w.shape[1]].to(dtype))
+        grads.append(cast(d[:, :w.shape[1]], dtype))
     return grads
 
 

@@ -140,7 +140,8 @@ def sensible(name, p):
         (not p.rotation and p.signs != "none", f"random signs {p.signs} a rotation need a rotation"),
         (eden and p.signs != "before", "rounding eden is unbiased only behind a random rotation: signs before"),
         (eden and p.right == "square" and p.format != "nvfp4", f"square blocks of {p.format} have no rounding eden"),
-        (eden and p.scale == "four-six", "scale four-six chooses by the error, which makes rounding eden biased"),
+        (p.rounding != "nearest" and p.scale == "four-six",
+            f"scale four-six chooses by the error, which makes rounding {p.rounding} biased"),
         (stochastic and clips, "stochastic rounding is unbiased only where the scale neither clips nor corrects, "
                                f"and {p.scale} of {p.format} does"),
         (p.rotation and p.right == "kept", f"this row multiplies with the forward product's {other} as it is, "
