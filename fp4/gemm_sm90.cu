@@ -2,9 +2,10 @@
 alpha * A @ B.T on Hopper's FP8 tensor cores, operands in the FP8 tiles of tiles.cuh: MXFP4's exact values.
 
 A CUDA block of 3 warpgroups stays on its multiprocessor and takes one 256 x 128 tile of the output after the other. One thread
-of the first warpgroup keeps three stages of shared memory filled, 128 of K each, by bulk copies; the other two own
-128 x 128 outputs each, as two wgmma of 64 x 128. `full` and `empty` are mbarriers, a pair a stage. Two blocks, a cluster,
-work side by side on 256 x 256: each copies half of A for both, or else the L2 cache would be the limit.
+of the first warpgroup keeps three stages of shared memory filled, 128 of K each, by bulk copies; the other two own 128 x 128
+outputs each, as two wgmma of 64 x 128. `full` and `empty` are mbarriers, a pair a stage. Two blocks, a cluster, work side by
+side on 256 x 256: each copies half of A for both, or else the L2 cache would be the limit. The scales have tensor maps:
+racecheck takes what threads read of a bulk copy without one for a race.
 
 Hopper's FP8 unit keeps 13 fractional bits of the largest addend, so it sums only 128 of K; then the partial sum is multiplied
 by the scales of its rows of A and B (powers of two: exact) and added in FP32. While one warpgroup does that, the other's
@@ -20,6 +21,7 @@ kernel sums the parts, always in the same order.
 #include "cuda.cuh"
 #include "ops.h"
 #include "tiles.cuh"
+#include "tma.cuh"
 
 namespace {
 
@@ -28,7 +30,7 @@ constexpr int PITCH = 32 + 4;                                             // of 
 
 struct Shared {
   uint8_t a[STAGES][2][TILE_BYTES], b[STAGES][TILE_BYTES];                // 1024-byte aligned
-  float a_scales[STAGES][2][SIDE], b_scales[STAGES][4];
+  float a_scales[STAGES][2][SIDE], b_scales[STAGES][32];                  // of b 4, but a box begins at a multiple of 128 bytes
   float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32, in different banks
   uint64_t full[STAGES], empty[STAGES];
 };
@@ -37,31 +39,12 @@ struct Shared {
 
 __device__ uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-__device__ void init(uint64_t* barrier, int arrivals) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals)); }
 // tells both blocks of the cluster
 __device__ void arrive(uint64_t* barrier) {
   UNROLL for (int rank = 0; rank < 2; rank++)
     asm volatile("{ .reg .b32 there;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(address(barrier)), "r"(rank) : "memory");
-}
-__device__ void expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
-}
-__device__ void wait(uint64_t* barrier, int phase) {
-  asm volatile("{ .reg .pred done;\n"
-               "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-               "@!done bra again; }" ::"r"(address(barrier)), "r"(phase) : "memory");
-}
-
-// global -> shared memory, of this block or at the same place in both; the barrier there counts the bytes as they arrive
-__device__ void copy(void* to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(barrier)) : "memory");
-}
-__device__ void copy_to_both(void* to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-               ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(barrier)), "h"(uint16_t(3)) : "memory");
 }
 
 __device__ int cluster_rank() { int rank; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)); return rank; }
@@ -102,7 +85,7 @@ __device__ Work work(int i, int rows, int columns, int depth, int splits) {
 
 struct Problem {
   const uint8_t *a, *b;
-  const float *a_scales, *b_scales;
+  CUtensorMap a_scales, b_scales;
   int64_t M, N;
   int a_tiles, b_tiles, rows, columns, depth, splits;                     // of 128, 128, 256, 256, 128
   float alpha;
@@ -110,14 +93,14 @@ struct Problem {
 };
 
 template <class T>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_kernel(const Problem p, T* out) {
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ Problem p, T* out) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), t = threadIdx.x % 128, rank = cluster_rank(), clusters = gridDim.x / 2;
   const int all = p.rows * p.columns * p.splits;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) init(&s.full[i], 1), init(&s.empty[i], 16);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < STAGES; i++) tma::init(address(&s.full[i]), 1), tma::init(address(&s.empty[i]), 16);
+    tma::init_done();
   }
   cluster_sync();
   int stage = 0, phase = 0;
@@ -131,12 +114,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         // the last tiles may not exist: those outputs are not stored
         const int64_t a = int64_t(min(2 * w.m + rank, p.a_tiles - 1)) * p.depth, b = int64_t(min(2 * w.n + rank, p.b_tiles - 1)) * p.depth;
         for (int k = w.first; k < w.last; k++, next()) {
-          wait(&s.empty[stage], phase ^ 1);
-          expect(&s.full[stage], 3 * TILE_BYTES + 2 * SIDE * 4 + 16);
-          copy_to_both(s.a[stage][rank], p.a + (a + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
-          copy_to_both(s.a_scales[stage][rank], p.a_scales + (a + k) * SIDE, SIDE * 4, &s.full[stage]);
-          copy(s.b[stage], p.b + (b + k) * TILE_BYTES, TILE_BYTES, &s.full[stage]);
-          copy(s.b_scales[stage], p.b_scales + (b + k) * 4, 16, &s.full[stage]);
+          const uint32_t full = address(&s.full[stage]);
+          tma::wait(address(&s.empty[stage]), phase ^ 1);
+          tma::expect(full, 3 * TILE_BYTES + 2 * SIDE * 4 + 16);
+          tma::copy_to(3, address(s.a[stage][rank]), p.a + (a + k) * TILE_BYTES, TILE_BYTES, full);
+          tma::copy_box_to(3, address(s.a_scales[stage][rank]), p.a_scales, 0, int(a + k) * 4, full);
+          tma::copy(address(s.b[stage]), p.b + (b + k) * TILE_BYTES, TILE_BYTES, full);
+          tma::copy_box(address(s.b_scales[stage]), p.b_scales, 0, int(b + k), full);
         }
       }
     __syncwarp();
@@ -158,7 +142,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
       mask[i / 2][i % 2] = p.mask && m < p.M && n < p.N ? p.mask[(m * p.N + n) / 32] : 0;
     }
     float sum[2][64] = {};
-    wait(&s.full[stage], phase);
+    tma::wait(address(&s.full[stage]), phase);
     for (int k = w.first; k < w.last; k++) {
       const uint32_t a = a_first + stage * (2 * TILE_BYTES >> 4), b = b_first + stage * (TILE_BYTES >> 4);
       const int now = stage;
@@ -171,7 +155,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (h == 1) {
           next();
-          if (k + 1 < w.last) wait(&s.full[stage], phase);                // what comes next, while the products run
+          if (k + 1 < w.last) tma::wait(address(&s.full[stage]), phase);                // what comes next, while the products run
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (h == 1) {
@@ -248,8 +232,11 @@ int gemm_sm90_splits(int64_t M, int64_t N, int64_t K) {
 void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
                const int32_t* mask, float* partial, int splits, Values out, void* stream) {
   if (!M || !N) return;
+  if (!K) return (void)cudaMemsetAsync(out.data, 0, M * N * (out.bf16 ? 2 : 4), (cudaStream_t)stream);
   const auto over = [](int64_t n, int64_t size) { return int((n + size - 1) / size); };
-  Problem p = {a, b, a_scales, b_scales, M, N, over(M, 128), over(N, 128), over(M, 256), over(N, 256), over(K, 128), splits, alpha, mask};
+  const int depth = over(K, 128), a_tiles = over(M, 128), b_tiles = over(N, 128);
+  const CUtensorMap rows = tma::map(a_scales, 4ll * a_tiles * depth, 128, 4, false), columns = tma::map(b_scales, 1ll * b_tiles * depth, 16, 1, false);
+  Problem p = {a, b, rows, columns, M, N, a_tiles, b_tiles, over(M, 256), over(N, 256), depth, splits, alpha, mask};
   if (splits == 1) return typed(out, [=](auto* out) { launch(p, out, (cudaStream_t)stream); });
   p.alpha = 1, p.mask = nullptr;
   launch(p, partial, (cudaStream_t)stream);

@@ -72,7 +72,7 @@ class Linear(nn.Linear):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.kernels: y = QuartetMatmul.apply(rows, self.weight, self.packed_weight(), self.recipe)
         else:            y = emulated.Matmul.apply(rows, self.weight, self.recipe)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def packed_weight(self):
         if self.packed is None or not torch.compiler.is_compiling() and self.version != self.weight._version:

@@ -35,13 +35,23 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap& from, int byte, 
                :: "r"(to), "l"(&from), "r"(byte), "r"(row), "r"(barrier) : "memory");
 }
 
+// the same, to the same place in every block of a cluster whose bit is set in `blocks`
+__device__ inline void copy_to(uint16_t blocks, uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+               :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
+}
+__device__ inline void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap& from, int byte, int row, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+               :: "r"(to), "l"(&from), "r"(byte), "r"(row), "r"(barrier), "h"(blocks) : "memory");
+}
+
 __device__ inline void writes_before_async() {                             // what threads wrote is seen by TMA and tensor core
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A matrix of bytes, fetched in boxes of 128 bytes x box_rows. In shared memory a row of the box has 128 bytes, and their eight
-// 16-byte chunks are permuted: chunk c of row r is at c ^ r % 8. What is outside the matrix arrives as zeros
-inline CUtensorMap map(const void* data, int64_t rows, int64_t bytes, int box_rows) {
+// A matrix of bytes, fetched in boxes of 128 bytes (or the row, if that is shorter) x box_rows. In shared memory the eight 16-byte
+// chunks of a swizzled row are permuted: chunk c of row r is at c ^ r % 8. What is outside the matrix arrives as zeros
+inline CUtensorMap map(const void* data, int64_t rows, int64_t bytes, int box_rows, bool swizzled = true) {
   static const auto encode = [] {                                          // a driver function, found without linking to the driver
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -50,9 +60,9 @@ inline CUtensorMap map(const void* data, int64_t rows, int64_t bytes, int box_ro
   }();
   CUtensorMap m;
   const cuuint64_t size[2] = {cuuint64_t(bytes), cuuint64_t(rows)}, stride[1] = {cuuint64_t(bytes)};
-  const cuuint32_t box[2] = {128, cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const cuuint32_t box[2] = {cuuint32_t(bytes < 128 ? bytes : 128), cuuint32_t(box_rows)}, step[2] = {1, 1};
   if (!encode || encode(&m, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), size, stride, box, step,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     throw std::runtime_error("gemm: the driver makes no tensor map for a matrix of " + std::to_string(rows) + " rows of " +
                              std::to_string(bytes) + " bytes");

@@ -57,6 +57,13 @@ def test_a_layer_can_be_captured_in_a_cuda_graph_and_draws_fresh_signs_at_each_r
     for _, dx, _ in seen: assert torch.nn.functional.cosine_similarity(dx.flatten(), exact.flatten(), 0) > .9
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_no_tokens_at_all_give_no_outputs_and_a_gradient_of_zeros(device):
+    layer, x = fp4.Linear(96, 160, "fp4").to(device), torch.randn(0, 96, device=device, requires_grad=True)
+    dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), torch.randn(0, 160, device=device))
+    assert layer(x).shape == (0, 160) and dx.shape == (0, 96) and dw.shape == (160, 96) and not dw.any()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
 def test_an_op_runs_on_the_device_of_its_tensors_and_refuses_two_devices():
     x = torch.randn(100, 544)
