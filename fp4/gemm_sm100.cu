@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(THREADS) gemm_kernel(const __grid_constant__ C
 void gemm_sm100(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales,
                 int64_t M, int64_t N, int64_t K, float alpha, Values out, void* stream) {
   if (!M || !N) return;
+  if (!K) return (void)cudaMemsetAsync(out.data, 0, M * N * (out.bf16 ? 2 : 4), (cudaStream_t)stream);
   const CUtensorMap a_map = tma::map(a, M, K / 2, BM), b_map = tma::map(b, N, K / 2, BN);
   typed(out, [&](auto* to) {
     using T = std::remove_pointer_t<decltype(to)>;

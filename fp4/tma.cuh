@@ -49,7 +49,7 @@ __device__ inline void writes_before_async() {                             // wh
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A matrix of bytes, fetched in boxes of 128 bytes (or the row, if that is shorter) x box_rows. In shared memory the eight 16-byte
+// A matrix of bytes, fetched in boxes of 128 bytes x box_rows, or whole rows if not swizzled. In shared memory the eight 16-byte
 // chunks of a swizzled row are permuted: chunk c of row r is at c ^ r % 8. What is outside the matrix arrives as zeros
 inline CUtensorMap map(const void* data, int64_t rows, int64_t bytes, int box_rows, bool swizzled = true) {
   static const auto encode = [] {                                          // a driver function, found without linking to the driver
@@ -60,7 +60,7 @@ inline CUtensorMap map(const void* data, int64_t rows, int64_t bytes, int box_ro
   }();
   CUtensorMap m;
   const cuuint64_t size[2] = {cuuint64_t(bytes), cuuint64_t(rows)}, stride[1] = {cuuint64_t(bytes)};
-  const cuuint32_t box[2] = {cuuint32_t(bytes < 128 ? bytes : 128), cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const cuuint32_t box[2] = {cuuint32_t(swizzled ? 128 : bytes), cuuint32_t(box_rows)}, step[2] = {1, 1};
   if (!encode || encode(&m, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), size, stride, box, step,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
