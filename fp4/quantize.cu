@@ -10,86 +10,18 @@ An operand is packed, or FP8 tiles for the product of gemm_sm90.cu: nothing in b
 threads own 128 neighbouring values, so that they write a line of a tile together.
 
 What bounds these kernels is not memory alone but instructions: at 3 TB/s an H100 has time for about 35 a value. A rotation
-is five additions; to round, see `nearest`.
+is five additions; to round, see round.cuh.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
 */
-#include <cuda_fp16.h>
 #include <type_traits>
-#include "cuda.cuh"
 #include "ops.h"
+#include "round.cuh"
 #include "tiles.cuh"
 
 namespace {
 
 constexpr int THREADS = 256, TILE_THREADS = 4 * SIDE;                      // a thread a block of 32; so many in 128 x 128
-
-// ---- an element: w -> the nearest unit * E2M1, unit a power of two, |w| <= 6 units. With p the power of two below |w|, at
-// least the unit, the grid's neighbours of w are p/2 apart, and so are floats at 2^22 p: one addition rounds, one takes
-// 2^22 p away again. To round stochastically, add a random part of p/2 and round towards zero
-
-__device__ float power(float w, float unit) {                              // p, with the sign of w
-  float p;
-#if __CUDA_ARCH__ >= 860
-  asm("max.xorsign.abs.f32 %0, %1, %2;" : "=f"(p) : "f"(w), "f"(unit));
-#else
-  p = copysignf(fmaxf(fabsf(w), unit), w);
-#endif
-  return float_of(bits_of(p) & 0xFF800000u);
-}
-
-__device__ float clip(float w, float bound) {
-#if __CUDA_ARCH__ >= 860
-  asm("min.xorsign.abs.f32 %0, %0, %1;" : "+f"(w) : "f"(bound));
-  return w;
-#else
-  return fminf(fmaxf(w, -bound), bound);
-#endif
-}
-
-__device__ float signed_as(float w, float r) { return float_of(bits_of(r) | (bits_of(w) & 0x80000000u)); }    // r = 0 has lost its sign
-
-__device__ float nearest(float w, float unit) {
-  const float p = power(w, unit);
-  return __fmaf_rn(p, -0x1p22f, __fmaf_rn(p, 0x1p22f, w));
-}
-
-__device__ float stochastic(float w, float unit, uint32_t noise, int byte) {
-  const float one = float_of(__byte_perm(noise, 0x3F800000u, 0x7604 | byte << 4));       // 1 + noise / 2^15
-  const float part = __fmaf_rn(one, 64, -64 + 0x1p-10f);                                 // (noise + 1/2) / 512
-  const float p = power(w, unit);
-  return __fmaf_rn(p, -0x1p22f, __fmaf_rz(p, 0x1p22f, __fmaf_rz(p, part, w)));
-}
-
-// v * factor, rounded; a 0 has the right sign if it is to be a code, not if it is to be multiplied
-template <bool codes, bool random> __device__ void round_block(Vector& v, float factor, float unit, uint64_t seed, int64_t block) {
-  uint32_t noise[2][4];
-  if (random) philox(seed, 2 * block, noise[0]), philox(seed, 2 * block + 1, noise[1]);
-  UNROLL for (int i = 0; i < 32; i++) {
-    const float w = v[i][0] * factor;
-    const float r = random ? stochastic(w, unit, noise[i / 16][i / 4 % 4], i % 4) : nearest(w, unit);
-    v[i][0] = codes ? signed_as(w, r) : r;
-  }
-}
-
-// ---- 32 rounded values -> 16 bytes of codes. UNIT * E2M1 as FP16 has the code in bits 9 to 11, the sign in 15: the upper byte
-
-constexpr float UNIT = 0x1p-14f;
-
-__device__ uint32_t half2(float a, float b) { const __half2 h = __floats2half2_rn(a, b); uint32_t u; memcpy(&u, &h, 4); return u; }
-__device__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
-
-__device__ uint4 nibbles(const Vector& r) {
-  uint32_t word[4];
-  UNROLL for (int j = 0; j < 4; j++) {
-    const float(*v)[1] = r + 8 * j;
-    const uint32_t even = __byte_perm(half2(v[0][0], v[2][0]), half2(v[4][0], v[6][0]), 0x7531);
-    const uint32_t odd = __byte_perm(half2(v[1][0], v[3][0]), half2(v[5][0], v[7][0]), 0x7531);
-    const uint32_t low = select(0x07070707u, even >> 1, even >> 4), high = select(0x70707070u, odd << 3, odd);
-    word[j] = select(0x0F0F0F0Fu, low, high);
-  }
-  return make_uint4(word[0], word[1], word[2], word[3]);
-}
 
 // ---- the forward quantiser
 struct Packed { uint8_t *codes, *scales; int32_t* mask; };
@@ -114,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ 
   UNROLL for (int i = 31; i >= 0; i--) {
     const float w = v[i][0] * factor;
     unclipped = __funnelshift_l(bits_of(fabsf(w) - 6 * UNIT), unclipped, 1);               // the sign: |w| < 6
-    v[i][0] = signed_as(w, nearest(clip(w, 6 * UNIT), UNIT));
+    v[i][0] = CONVERTS ? w : signed_as(w, nearest(clip(w, 6 * UNIT), UNIT));
   }
   const uint4 q = ok ? nibbles(v) : make_uint4(0, 0, 0, 0);
   if (inside) {
