@@ -257,3 +257,12 @@ def test_the_ablation_imports_the_trainer_only_where_it_is_the_command():
     tree = ast.parse(open(os.path.join(ROOT, "scaling", "ablation.py")).read())
     top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
     assert "quartet" not in top and "torch" in top
+
+
+def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "compare", lambda configs, *_: asked.extend(configs) or {})
+    monkeypatch.setattr(quartet, "corpus", lambda cfg: None)
+    for what in ablation.WHAT: quartet.main([*what, *ablation.STUDY, "--device", "cpu"])
+    assert len(asked) == len(set(asked)) == 5 * (len(fp4.RECIPES) + 1 + 4 + 2)
+    assert len({cfg.name for cfg in asked}) == len(asked) and {cfg.tokens_per_param for cfg in asked} == {25}
