@@ -6,7 +6,8 @@ A few ops, each with several implementations and one schema; the device of the t
     CUDA                        quantize.cu, likewise, and a product for the GPU: product.py
 
 Shapes: M rows, K columns in blocks of 32; packed matrices are codes [M, K/2] and scales [M, K/32]. The operands of a
-gradient's product are packed, or FP8 tiles (tiles.cuh) where the product wants them.
+gradient's product have a format: packed, or on a GPU what its product wants (product.py): fp8, tiles of FP8 values (tiles.cuh),
+or mxf4, packed but for the scales, which are in tiles (scale_tiles.cuh).
 """
 import torch
 from . import reference
@@ -14,9 +15,9 @@ from . import reference
 lib = torch.library.Library("fp4", "DEF")
 for schema in (
     "quantize_forward(Tensor x, str scale) -> (Tensor codes, Tensor scales, Tensor mask)",
-    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, bool signs_after, bool tiles=False)"
+    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, bool signs_after, str format)"
         " -> (Tensor a, Tensor a_scales, Tensor at, Tensor at_scales)",
-    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, bool signs_after, bool tiles=False)"
+    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, bool signs_after, str format)"
         " -> (Tensor at, Tensor at_scales)",
     "dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
     "gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float alpha, ScalarType dtype) -> Tensor",
@@ -51,17 +52,18 @@ def quantised(x): return *packed(x, *x.shape), x.new_empty(x.shape[0], x.shape[1
 
 def padded(M): return (M + 31) // 32 * 32
 
-def operand(like, M, K, tiles, right=False):
-    if not tiles: return packed(like, M, K)
+def operand(like, M, K, format, right=False):
     m, k = (M + 127) // 128, (K + 127) // 128
+    if format == "packed": return packed(like, M, K)
+    if format == "mxf4": return packed(like, M, K)[0], like.new_empty(m * k * 512, dtype=torch.uint8)
     return like.new_empty(m, k, 128 * 128, dtype=torch.uint8), like.new_empty(m, k, 4 if right else 128, dtype=torch.float32)
 
 for name, shapes in dict(
     quantize_forward=lambda x, scale: quantised(x),
-    quantize_backward=lambda x, signs, seeds, stochastic, signs_after, tiles=False:
-        (*operand(x, *x.shape, tiles), *operand(x, x.shape[1], padded(x.shape[0]), tiles)),
-    requantize=lambda codes, scales, signs, seed, stochastic, signs_after, tiles=False:
-        operand(codes, 2 * codes.shape[1], padded(codes.shape[0]), tiles, right=True),
+    quantize_backward=lambda x, signs, seeds, stochastic, signs_after, format:
+        (*operand(x, *x.shape, format), *operand(x, x.shape[1], padded(x.shape[0]), format)),
+    requantize=lambda codes, scales, signs, seed, stochastic, signs_after, format:
+        operand(codes, 2 * codes.shape[1], padded(codes.shape[0]), format, right=True),
     dequantize=lambda codes, scales, dtype: codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype),
     gemm=lambda a, a_scales, b, b_scales, alpha, dtype: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),
     quantize_gemm=lambda x, scale, b, b_scales: (x.new_empty(x.shape[0], b.shape[0]), *quantised(x)),

@@ -89,9 +89,9 @@ def kernels(M=16384, K=4096):
     packed = [ops.quantize_forward(x, "floor")[:2] for x in inputs]
     x, p = (lambda it=itertools.cycle(inputs): next(it)), (lambda it=itertools.cycle(packed): next(it))
     signs, seeds = ops.draw(inputs[0], inputs[0], 2)
-    tiles = fp4.product.TILES                                   # on Hopper a gradient's operands are FP8 tiles
+    format = fp4.product.FORMAT                                 # of a gradient's operands: on Hopper FP8 tiles
     four, eight, bit = .5 + 1 / 32, 1 + 1 / 32, 1 / 8           # bytes a value
-    out, nearest, stochastic = eight if tiles else four, (False, False, tiles), (True, False, tiles)
+    out, nearest, stochastic = eight if format == "fp8" else four, (False, False, format), (True, False, format)
     calls = [
         ("copy",                             4,              lambda: to.copy_(x())),
         ("quantise forward",                 2 + four + bit, lambda: ops.quantize_forward(x(), "floor")),

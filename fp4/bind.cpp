@@ -112,35 +112,41 @@ tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, std::string scal
   return {c, s, mask};
 }
 
-// an operand of a product: packed, or FP8 tiles (tiles.cuh)
+// an operand of a product, in a format
 struct Operand { Tensor values, scales; };
-enum class Format { packed, left, right };
+Format format_of(const std::string& name, Format fp8) {
+  CHECK(name == "packed" || name == "mxf4" || name == "fp8", "format must be packed, mxf4 or fp8, got ", name);
+  return name == "packed" ? Format::packed : name == "mxf4" ? Format::mxf4 : fp8;
+}
+Tensor scale_tiles(const Tensor& like, int64_t M, int64_t K) { return torch::stable::new_empty(like, {mxfp4::tiled_bytes(M, K / 32)}, ScalarType::Byte); }
 Operand operand(const Tensor& like, int64_t M, int64_t K, Format format) {
   if (format == Format::packed) return {codes(like, M, K), scales(like, M, K)};
-  CHECK(like.is_cuda(), "FP8 tiles are for a GPU");
+  CHECK(like.is_cuda(), "tiles are for a GPU");
+  if (format == Format::mxf4) return {codes(like, M, K), scale_tiles(like, M, K)};
   const int64_t m = (M + 127) / 128, k = (K + 127) / 128;
   return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, k, format == Format::left ? 128 : 4}, ScalarType::Float)};
 }
 
 tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const Tensor& signs, const Tensor& seeds,
-                                                        bool stochastic, bool signs_after, bool tiles) {
+                                                        bool stochastic, bool signs_after, std::string name) {
   check_blocks(x), check_random(x, signs, "signs", 1), check_random(x, seeds, "seeds", 2);
   const int64_t M = x.size(0), K = x.size(1);
-  const Format format = tiles ? Format::left : Format::packed;
+  const Format format = format_of(name, Format::left);
   const Operand rows = operand(x, M, K, format), columns = operand(x, K, padded(M), format);
   const Device on(x);
-  on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic, tiles}, longs(seeds), rows.values.data_ptr(),
+  on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic, format}, longs(seeds), rows.values.data_ptr(),
                         rows.scales.data_ptr(), columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
   return {rows.values, rows.scales, columns.values, columns.scales};
 }
 
 tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor& signs, const Tensor& seed,
-                                 bool stochastic, bool signs_after, bool tiles) {
+                                 bool stochastic, bool signs_after, std::string name) {
   check_packed(c, s), check_random(c, signs, "signs", 1), check_random(c, seed, "seed", 1);
   const int64_t M = c.size(0), K = 2 * c.size(1);
-  const Operand columns = operand(c, K, padded(M), tiles ? Format::right : Format::packed);
+  const Format format = format_of(name, Format::right);
+  const Operand columns = operand(c, K, padded(M), format);
   const Device on(c);
-  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic, tiles}, longs(seed),
+  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic, format}, longs(seed),
                  columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
   return {columns.values, columns.scales};
 }
@@ -185,27 +191,60 @@ tuple<Tensor, Tensor> fold_packed(const Tensor& c, const Tensor& s, double alpha
 #endif
 
 #ifdef GEMM_SM90
-Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const int32_t* mask, double alpha, ScalarType dtype, const Device& on) {
+constexpr Format LEFT = Format::left, RIGHT = Format::right;               // what the product wants
+
+// alpha * a @ b.T, masked and un-rotated if there is a mask
+Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const Tensor* mask, double alpha, ScalarType dtype, const Device& on) {
   const int64_t K = 128 * a.values.size(1);
   const int splits = gemm_sm90_splits(M, N, K);
   Tensor out = empty(a.values, M, N, dtype), partial = empty(a.values, splits > 1 ? splits * M : 0, N, ScalarType::Float);
-  gemm_sm90(bytes(a.values), (float*)a.scales.data_ptr(), bytes(b.values), (float*)b.scales.data_ptr(), M, N, K, float(alpha), mask,
-            (float*)partial.data_ptr(), splits, values(out), on.stream);
+  gemm_sm90(bytes(a.values), (float*)a.scales.data_ptr(), bytes(b.values), (float*)b.scales.data_ptr(), M, N, K, float(alpha),
+            mask ? (int32_t*)mask->data_ptr() : nullptr, (float*)partial.data_ptr(), splits, values(out), on.stream);
   return out;
 }
 
-Operand folded(const Tensor& c, const Tensor& s, Format format, const Device& on) {
+Operand prepared(const Tensor& c, const Tensor& s, Format format, const Device& on) {
   CHECK(format == Format::left || c.size(0) % 8 == 0, "the rows of b must be a multiple of 8, got ", c.size(0));      // stores of 16 bytes
   const Operand to = operand(c, c.size(0), 2 * c.size(1), format);
   fold_tiles(bytes(c), bytes(s), c.size(0), 2 * c.size(1), format == Format::right, to.values.data_ptr(), (float*)to.scales.data_ptr(), on.stream);
   return to;
 }
 
+void check_operand(const Operand& o, int64_t rows, Format format) {
+  check_tensor(o.values, "an operand", 3, ScalarType::Byte), check_tensor(o.scales, "its scales", 3, ScalarType::Float);
+  const auto shaped = [&](const Tensor& t, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == o.values.size(1) && t.size(2) == n; };
+  CHECK(shaped(o.values, 128 * 128) && shaped(o.scales, format == Format::left ? 128 : 4), "an operand's tiles and scales are not those of ", rows, " rows");
+}
+#elif defined(GEMM_MXF4)
+constexpr Format LEFT = Format::mxf4, RIGHT = Format::mxf4;
+
+Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const Tensor* mask, double alpha, ScalarType dtype, const Device& on) {
+  Tensor out = empty(a.values, M, N, mask ? ScalarType::Float : dtype);
+  GEMM_MXF4(bytes(a.values), bytes(a.scales), bytes(b.values), bytes(b.scales), M, N, 2 * a.values.size(1), float(alpha), values(out), on.stream);
+  return mask ? unrotate(out, *mask, dtype) : out;
+}
+
+Operand prepared(const Tensor& c, const Tensor& s, Format, const Device& on) {
+  const Tensor tiles = scale_tiles(s, c.size(0), 2 * c.size(1));
+  swizzle_scales(bytes(s), s.size(0), s.size(1), bytes(tiles), on.stream);
+  return {c, tiles};
+}
+
+void check_operand(const Operand& o, int64_t rows, Format) {
+  check_tensor(o.values, "an operand", 2, ScalarType::Byte), check_tensor(o.scales, "its scales", 1, ScalarType::Byte);
+  check_aligned(o.values, "an operand"), check_aligned(o.scales, "its scales");
+  const int64_t blocks = o.values.size(1) / 16;
+  CHECK(o.values.size(0) == rows && o.values.size(1) == 16 * blocks && o.scales.numel() == mxfp4::tiled_bytes(rows, blocks),
+        "an operand's codes and scale tiles are not those of ", rows, " rows");
+}
+#endif
+
+#if defined(GEMM_SM90) || defined(GEMM_MXF4)
 // packed [M, K], [N, K] -> alpha * a @ b.T
-Tensor gemm_tiles(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
+Tensor own_gemm(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
   check_packed(a, as), check_right(b, bs, a, 2 * a.size(1));
   const Device on(a);
-  return product(folded(a, as, Format::left, on), folded(b, bs, Format::right, on), a.size(0), b.size(0), nullptr, alpha, dtype, on);
+  return product(prepared(a, as, LEFT, on), prepared(b, bs, RIGHT, on), a.size(0), b.size(0), nullptr, alpha, dtype, on);
 }
 
 // x [M, K], packed [N, K] -> x quantised @ b.T, and x quantised
@@ -213,41 +252,22 @@ tuple<Tensor, Tensor, Tensor, Tensor> quantize_gemm(const Tensor& x, std::string
   const int64_t M = x.size(0), K = x.size(1);
   check_blocks(x), check_scale(scale), check_right(b, bs, x, K);
   Tensor c = codes(x, M, K), s = scales(x, M, K), mask = empty(x, M, K / 32, ScalarType::Int);
-  const Operand a = operand(x, M, K, Format::left);
+  const Operand a = LEFT == Format::mxf4 ? Operand{c, scale_tiles(x, M, K)} : operand(x, M, K, LEFT);
   const Device on(x);
-  quantize_forward_tiles(values(x), M, K, scale == "nearest", bytes(c), bytes(s), (int32_t*)mask.data_ptr(), a.values.data_ptr(),
-                         (float*)a.scales.data_ptr(), on.stream);
-  return {product(a, folded(b, bs, Format::right, on), M, b.size(0), nullptr, 1, x.scalar_type(), on), c, s, mask};
+  quantize_forward_operand(values(x), M, K, scale == "nearest", bytes(c), bytes(s), (int32_t*)mask.data_ptr(), LEFT, a.values.data_ptr(),
+                           a.scales.data_ptr(), on.stream);
+  return {product(a, prepared(b, bs, RIGHT, on), M, b.size(0), nullptr, 1, x.scalar_type(), on), c, s, mask};
 }
 
-// tiles of [M, K], tiles of [N, K] -> alpha * a @ b.T, masked and un-rotated: [M, N] as the mask says
+// operands as the product wants them, [M, K] and [N, K] -> alpha * a @ b.T, masked and un-rotated: [M, N] as the mask says
 Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, const Tensor& mask, double alpha, ScalarType dtype) {
-  check_tensor(mask, "mask", 2, ScalarType::Int), check_tensor(a, "a", 3, ScalarType::Byte), check_tensor(as, "a_scales", 3, ScalarType::Float);
-  check_tensor(b, "b", 3, ScalarType::Byte), check_tensor(bs, "b_scales", 3, ScalarType::Float);
+  check_tensor(mask, "mask", 2, ScalarType::Int);
   for (const Tensor* t : {&as, &b, &bs, &mask}) check_with(a, *t, "one of the operands");
-  const int64_t M = mask.size(0), N = 32 * mask.size(1), depth = a.size(1);
-  const auto shaped = [&](const Tensor& t, int64_t rows, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == depth && t.size(2) == n; };
-  CHECK(shaped(a, M, 128 * 128) && shaped(as, M, 128) && shaped(b, N, 128 * 128) && shaped(bs, N, 4),
-        "the tiles of the operands do not match each other, or the mask's [", M, ", ", N, "]");
+  const int64_t M = mask.size(0), N = 32 * mask.size(1);
+  check_operand({a, as}, M, LEFT), check_operand({b, bs}, N, RIGHT);
+  CHECK(a.size(1) == b.size(1), "the operands' inner dimensions differ");
   const Device on(a);
-  return product({a, as}, {b, bs}, M, N, (int32_t*)mask.data_ptr(), alpha, dtype, on);
-}
-#endif
-
-#ifdef GEMM_MXF4
-// packed [M, K], [N, K] -> alpha * a @ b.T on Blackwell's FP4 units
-Tensor gemm_mxf4(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
-  check_packed(a, as), check_right(b, bs, a, 2 * a.size(1));
-  const Device on(a);
-  const auto tiled = [&](const Tensor& s) {
-    Tensor tiles = torch::stable::new_empty(s, {mxfp4::tiled_bytes(s.size(0), s.size(1))}, ScalarType::Byte);
-    swizzle_scales(bytes(s), s.size(0), s.size(1), bytes(tiles), on.stream);
-    return tiles;
-  };
-  const Tensor a_tiles = tiled(as), b_tiles = tiled(bs);
-  Tensor out = empty(a, a.size(0), b.size(0), dtype);
-  GEMM_MXF4(bytes(a), bytes(a_tiles), bytes(b), bytes(b_tiles), a.size(0), b.size(0), 2 * a.size(1), float(alpha), values(out), on.stream);
-  return out;
+  return product({a, as}, {b, bs}, M, N, &mask, alpha, dtype, on);
 }
 #endif
 
@@ -270,11 +290,8 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
   same_on_both(m);
   m.impl("fold", TORCH_BOX(&fold_packed));                     // for a library's gemm: product.py
-#ifdef GEMM_MXF4
-  m.impl("gemm", TORCH_BOX(&gemm_mxf4));
-#endif
-#ifdef GEMM_SM90
-  m.impl("gemm", TORCH_BOX(&gemm_tiles));
+#if defined(GEMM_SM90) || defined(GEMM_MXF4)
+  m.impl("gemm", TORCH_BOX(&own_gemm));
   m.impl("quantize_gemm", TORCH_BOX(&quantize_gemm));
   m.impl("gemm_unrotate", TORCH_BOX(&gemm_unrotate));
 #endif

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from . import baselines, emulated                              # every recipe that the kernels do not compute
 from .build import build
-from .product import tiles
+from .product import operands
 from .recipes import recipe
 
 ops = torch.ops.fp4
@@ -39,7 +39,7 @@ class QuartetMatmul(torch.autograd.Function):
         xc, xs, x_mask, wc, ws, w_mask = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.recipe.backward:
-            how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after", tiles(dy)
+            how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after", operands(dy)
             signs, seeds = ops.draw(dy, xc, 4)                                       # one sign word, four tensors
             gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], *how)     # dy and dy.T
             wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], *how)               # wq.T

@@ -9,10 +9,13 @@ Raw pointers, contiguous row-major matrices; K is a multiple of 32, M is any num
 struct Values { void* data; bool bf16; };                     // float32 or bfloat16
 template <class F> void typed(Values x, F f) { x.bf16 ? f((mxfp4::bfloat16*)x.data) : f((float*)x.data); }
 
+// an operand of a product: packed; packed, the scales in tiles (scale_tiles.cuh); FP8 tiles (tiles.cuh). All but packed on a GPU only
+enum class Format { packed, mxf4, left, right };
+
 struct Backward {                                             // how the backward quantiser works
   const int64_t* signs;                                       // low 32 bits; bit i set: negate element i of each block
   bool signs_after, stochastic;
-  bool tiles;                                                 // the operands are FP8 tiles (tiles.cuh), not packed; on a GPU only
+  Format format;                                              // of the operands it makes
 };
 
 struct Ops {
@@ -23,8 +26,8 @@ struct Ops {
                            int32_t* mask,                     // [M, K/32], bit i is element i
                            void* stream);
   void (*quantize_backward)(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,       // 2 seeds
-                            void* values, void* scales,       // codes [M, K/2] and scales [M, K/32], or tiles
-                            void* values_t, void* scales_t,   // codes [K, Mp/2] and scales [K, Mp/32], or tiles
+                            void* values, void* scales,       // codes [M, K/2] and scales [M, K/32], if packed
+                            void* values_t, void* scales_t,   // codes [K, Mp/2] and scales [K, Mp/32], likewise
                             void* stream);
   void (*requantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
                      void* values_t, void* scales_t, void* stream);
@@ -38,8 +41,9 @@ void scale(const float* c, int64_t n, float alpha, Values out);                 
 // GPU only: unrotate.cu, quantize.cu, fold.cu, gemm_sm90.cu
 void dequantize_cuda(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream);
 void unrotate_cuda(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream);
-void quantize_forward_tiles(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask,
-                            void* values, float* tile_scales, void* stream);            // and the FP8 tiles of a left operand
+void quantize_forward_operand(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask,
+                              Format format,                  // mxf4: the scales once more, in tiles; or left
+                              void* values, void* tile_scales, void* stream);
 void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // [M, K] packed
           uint8_t* fp8, float* row_scales, void* stream);                                             // [M, K], [M]
 void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream);

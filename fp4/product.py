@@ -5,6 +5,8 @@ Without FP4 units: in a wider format that holds every MXFP4 value. A product in 
 operands, because a block scale is a power of two and fits into the exponent: 2^s * E2M1 is E4M3 for 15 consecutive s
 (fold.cu). Hopper has a product of its own, gemm_sm90.cu; elsewhere the library's FP8 or BF16 product does it.
 
+A product of our own takes a gradient's operands as the quantisers write them for it, in its FORMAT: nothing is rearranged between.
+
 Blackwell has FP4 units, and two ways to them: gemm_sm100.cu or gemm_sm120.cu ("own"), and the library's NVFP4 product
 (nvfp4.py). Neither has run on the hardware, so that "fp8" remains the default there; quartet.py's --gemm sets GEMM.
 """
@@ -13,7 +15,7 @@ from . import nvfp4
 
 ops = torch.ops.fp4
 GEMM = "fp8"                    # on Blackwell: fp8 | own | library
-TILES = False                   # gemm_sm90.cu multiplies: a gradient's operands are FP8 tiles
+FORMAT = "packed"               # of a gradient's operands: packed | fp8 for gemm_sm90.cu | mxf4 for the two of Blackwell
 
 
 def own(capability):
@@ -25,17 +27,17 @@ def own(capability):
 
 def choose(capability, lib):
     """register the product for a GPU; returns what to call it"""
-    global TILES
-    TILES = capability == (9, 0)
+    global FORMAT
     files, _ = own(capability)
-    if TILES: return "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)"
+    FORMAT = "packed" if not files else "fp8" if files == ["gemm_sm90.cu"] else "mxf4"
+    if FORMAT == "fp8": return "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)"
     if files: return f"products on FP4 tensor cores ({files[0]}, which has not been run on this hardware by its authors)"
     four, eight = capability[0] in (10, 12) and GEMM == "library", capability >= (8, 9)
     lib.impl("gemm", nvfp4.gemm if four else gemm_fp8 if eight else gemm_bf16, "CUDA")
     return "products on FP4 tensor cores (the library's)" if four else f"exact FP4 products on {'FP8' if eight else 'BF16'} tensor cores"
 
 
-def tiles(x): return TILES and x.is_cuda
+def operands(x): return FORMAT if x.is_cuda else "packed"
 
 
 def gemm_fp8(a, a_scales, b, b_scales, alpha, dtype):

@@ -6,8 +6,8 @@ The ops on a GPU, byte for byte those of reference.py. -fmad=false, see mxfp4.cu
                                                          each thread takes a block of a row, then one of a column
     requantize          packed x -> operand x.T          the same; the packed tile is unpacked into shared memory (exact in BF16)
 
-An operand is packed, or FP8 tiles for the product of gemm_sm90.cu: nothing in between is written to memory. Four neighbouring
-threads own 128 neighbouring values, so that they write a line of a tile together.
+An operand is what the GPU's product wants (Format, ops.h): nothing in between is written to memory. Four neighbouring threads
+own 128 neighbouring values, so that they write a line of a tile together; and a tile of scales is that of 128 x 128 values.
 
 What bounds these kernels is not memory alone but instructions: at 3 TB/s an H100 has time for about 35 a value. A rotation
 is five additions; to round, see round.cuh.
@@ -17,6 +17,7 @@ is five additions; to round, see round.cuh.
 #include <type_traits>
 #include "ops.h"
 #include "round.cuh"
+#include "scale_tiles.cuh"
 #include "tiles.cuh"
 
 namespace {
@@ -25,9 +26,9 @@ constexpr int THREADS = 256, TILE_THREADS = 4 * SIDE;                      // a 
 
 // ---- the forward quantiser
 struct Packed { uint8_t *codes, *scales; int32_t* mask; };
-struct Tiles { uint4* values; float* scales; };
+struct Tiles { void *values, *scales; };
 
-template <class T, bool tiles>
+template <class T, Format format, bool tiles = format != Format::packed>
 __global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ x, int64_t M, int64_t blocks, bool up, Packed packed, Tiles to) {
   const unsigned depth = unsigned(blocks + 3) / 4;
   const int64_t row = int64_t(blockIdx.x / depth) * (THREADS / 4) + threadIdx.x / 4, at = blockIdx.x % depth * 4 + threadIdx.x % 4;
@@ -54,14 +55,16 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ 
     packed.scales[block] = ok ? e + 127 : 255;
     packed.mask[block] = ok ? unclipped : 0;
   }
-  if (tiles) fold_block<false>(q, e, ok, row % SIDE, row / SIDE * depth + at / 4, to.values, to.scales, nullptr);
+  if (format == Format::left) fold_block<false>(q, e, ok, row % SIDE, row / SIDE * depth + at / 4, (uint4*)to.values, (float*)to.scales, nullptr);
+  if (format == Format::mxf4) ((uint8_t*)to.scales)[tiled(row, at, blocks)] = ok ? e + 127 : 255;          // the whole tile
 }
 
 // ---- the backward quantiser, on tiles of 128 x 128
 
-struct Operand {                                                           // [rows, 32 * blocks], packed or tiles
+struct Operand {                                                           // [rows, 32 * blocks]
   void *values, *scales;
   int64_t rows, blocks;
+  bool scale_tiles;                                                        // the scales of a packed one
 };
 
 template <class T> struct Shared {
@@ -88,8 +91,6 @@ template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after
   }
 }
 
-enum class Format { packed, left, right };                                 // of an operand
-
 // v, part threadIdx.x % 4 of line threadIdx.x / 4 of the output's tile at (row, column) -> memory
 template <Format format, bool random, class T>
 __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, const Operand& to, Shared<T>& s) {
@@ -106,11 +107,14 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
     UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]) ^ s.after[i];
     const int64_t tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
     store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
-  } else if (row + line < to.rows && column / 32 + part < to.blocks) {
+  } else {
+    const bool inside = row + line < to.rows && column / 32 + part < to.blocks;
+    const int64_t place = to.scale_tiles ? tiled(row + line, column / 32 + part, to.blocks) : block;
+    if (inside || to.scale_tiles) ((uint8_t*)to.scales)[place] = ok ? e + 127 : 255;       // the whole tile, of zeros beyond the matrix
+    if (!inside) return;
     round_block<true, random>(v, .75f * pow2(-e) * UNIT, UNIT, seed, block);
     const uint4 q = nibbles(v);
     ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
-    ((uint8_t*)to.scales)[block] = ok ? e + 127 : 255;
   }
 }
 
@@ -158,7 +162,7 @@ struct PackedMatrix {
   }
 };
 
-template <class Source, bool tiles, bool random>
+template <class Source, Format format, bool random>
 __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
                                                                    Operand rows, Operand columns) {
   using T = typename Source::Element;
@@ -167,37 +171,43 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   const int64_t m0 = int64_t(blockIdx.x) * SIDE, k0 = int64_t(blockIdx.y) * SIDE;
   const int line = threadIdx.x / 4, part = threadIdx.x % 4;
   source.fill(s, M, K, m0, k0);
-  spread_signs(uint32_t(*how.signs), how.signs_after, tiles, s);
+  spread_signs(uint32_t(*how.signs), how.signs_after, format != Format::packed, s);
   __syncthreads();
   Vector v;
   if constexpr (Source::both) {
     load(s.at(line, 32 * part), v, s.pair);
-    quantize<tiles ? Format::left : Format::packed, random>(v, m0, k0, seeds[0], rows, s);
+    quantize<format, random>(v, m0, k0, seeds[0], rows, s);
   }
   UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(*s.at(32 * part + i, line), s.row[i]);
-  constexpr Format format = !tiles ? Format::packed : Source::both ? Format::left : Format::right;
   quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
 }
 
 // ---- launches
 
-unsigned groups(int64_t n, int64_t size) { return unsigned((n + size - 1) / size); }
+template <Format format>
+void forward(Values x, int64_t M, int64_t K, bool up, Packed packed, Tiles to, void* stream) {
+  const int64_t halves = ceil_div(M, SIDE) * (4 * SIDE / THREADS) * ceil_div(K, SIDE);             // of tiles
+  const int64_t all = format == Format::packed ? ceil_div(M * K / 32, THREADS) : halves;
+  if (all) typed(x, [=](auto* x) {
+    forward_kernel<std::remove_pointer_t<decltype(x)>, format><<<unsigned(all), THREADS, 0, (cudaStream_t)stream>>>(x, M, K / 32, up, packed, to);
+  });
+}
 
 void quantize_forward(Values x, int64_t M, int64_t K, bool up, uint8_t* codes, uint8_t* scales, int32_t* mask, void* stream) {
-  const Packed packed = {codes, scales, mask};
-  if (M && K) typed(x, [=](auto* x) {
-    forward_kernel<std::remove_pointer_t<decltype(x)>, false><<<groups(M * K / 32, THREADS), THREADS, 0, (cudaStream_t)stream>>>(x, M, K / 32, up, packed, {});
-  });
+  forward<Format::packed>(x, M, K, up, {codes, scales, mask}, {}, stream);
 }
 
 template <class Source>
 void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds, Operand rows, Operand columns, void* stream) {
   if (!M || !K) return;
-  const auto kernel = how.tiles ? how.stochastic ? backward_kernel<Source, true, true> : backward_kernel<Source, true, false>
-                                : how.stochastic ? backward_kernel<Source, false, true> : backward_kernel<Source, false, false>;
+  constexpr Format fp8 = Source::both ? Format::left : Format::right, four = Format::packed;
+  const auto kernel = how.format == fp8 ? how.stochastic ? backward_kernel<Source, fp8, true> : backward_kernel<Source, fp8, false>
+                                        : how.stochastic ? backward_kernel<Source, four, true> : backward_kernel<Source, four, false>;
   const int bytes = sizeof(Shared<typename Source::Element>);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<dim3(groups(M, SIDE), groups(K, SIDE)), TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
+  rows.scale_tiles = columns.scale_tiles = how.format == Format::mxf4;
+  const dim3 grid(unsigned(ceil_div(M, SIDE)), unsigned(ceil_div(K, SIDE)));
+  kernel<<<grid, TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
 }
 
 void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
@@ -213,15 +223,10 @@ void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t 
 
 }  // namespace
 
-// the same, and the FP8 tiles of a left operand
-void quantize_forward_tiles(Values x, int64_t M, int64_t K, bool up, uint8_t* codes, uint8_t* scales, int32_t* mask,
-                            void* values, float* tile_scales, void* stream) {
-  const Packed packed = {codes, scales, mask};
-  const Tiles tiles = {(uint4*)values, tile_scales};
-  const unsigned all = groups(M, SIDE) * (4 * SIDE / THREADS) * groups(K, SIDE);           // CUDA blocks: half a tile each
-  if (all) typed(x, [=](auto* x) {
-    forward_kernel<std::remove_pointer_t<decltype(x)>, true><<<all, THREADS, 0, (cudaStream_t)stream>>>(x, M, K / 32, up, packed, tiles);
-  });
+// the same, and what the left operand of a product lacks
+void quantize_forward_operand(Values x, int64_t M, int64_t K, bool up, uint8_t* codes, uint8_t* scales, int32_t* mask,
+                              Format format, void* values, void* tile_scales, void* stream) {
+  (format == Format::left ? forward<Format::left> : forward<Format::mxf4>)(x, M, K, up, {codes, scales, mask}, {values, tile_scales}, stream);
 }
 
 const Ops cuda = {quantize_forward, quantize_backward, requantize, dequantize_cuda, unrotate_cuda};

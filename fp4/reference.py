@@ -121,16 +121,16 @@ def absmax(x, signs, seed, stochastic, signs_after):
     code = round_stochastic(u, noise(seed, u.numel()).view_as(u)) if stochastic else round_nearest(u)
     return pack(torch.where(largest == 0, 0, code), e, largest.isfinite())
 
-def quantize_backward(x, signs, seeds, stochastic, signs_after, tiles=False):
+def quantize_backward(x, signs, seeds, stochastic, signs_after, format="packed"):
     """x [M, K] -> packed [M, K], and packed x.T [K, M] with M padded with zeros to a multiple of 32.
     signs int64 [1]: 32 sign bits; seeds int64 [2]: of the one and of the other"""
-    check(not tiles, "FP8 tiles are for the kernels of a Hopper GPU (tiles.cuh)")
+    check(format == "packed", f"format {format} is for the kernels of a GPU")
     xt = F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T
     return *absmax(x, signs, seeds[0], stochastic, signs_after), *absmax(xt, signs, seeds[1], stochastic, signs_after)
 
-def requantize(codes, scales, signs, seed, stochastic, signs_after, tiles=False):
+def requantize(codes, scales, signs, seed, stochastic, signs_after, format="packed"):
     """packed [M, K] -> packed transpose [K, M], as quantize_backward makes it; seed int64 [1]"""
-    check(not tiles, "FP8 tiles are for the kernels of a Hopper GPU (tiles.cuh)")
+    check(format == "packed", f"format {format} is for the kernels of a GPU")
     x = dequantize(codes, scales, torch.float32)
     return absmax(F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T, signs, seed, stochastic, signs_after)
 

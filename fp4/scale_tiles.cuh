@@ -9,7 +9,8 @@ blocks each: a lane that reads line i of 32 gets what one instruction wants, and
     ..
     31                  row 31            row 63             row 95             row 127
 
-Rows beyond M and blocks beyond K / 32 only fill the last tiles; no product depends on them.
+The quantisers write their scales so (quantize.cu); those of a weight, kept plain, are rearranged by swizzle.cu. Rows beyond M and
+blocks beyond K / 32 only fill the last tiles: they are written, to some exponent, but no product depends on them.
 */
 #pragma once
 #include "mxfp4.cuh"

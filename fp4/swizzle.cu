@@ -1,5 +1,5 @@
 /*
-Plain scales [rows, blocks] -> the tiles of scale_tiles.cuh. A thread makes a word: 4 blocks of a row, 0 where there are none.
+Plain scales [rows, blocks], a weight's -> the tiles of scale_tiles.cuh. A thread makes a word: 4 blocks of a row, 0 where there are none.
 */
 #include "scale_tiles.cuh"
 

@@ -22,9 +22,10 @@ PLANTED = {"memcheck": "Invalid __global__", "initcheck": "Uninitialized __globa
 NO_KERNEL = {"draw", "uniform", "mm_fp8"}                   # ops that are written in PyTorch
 
 
-def tiles(M, K, right=False):
-    """any operand of gemm_sm90.cu: FP8 values and their scales"""
+def operand(M, K, right=False):
+    """any operand of the GPU's own product: codes and scale tiles, or FP8 tiles and their scales"""
     m, k = -(-M // 128), -(-K // 128)
+    if product.FORMAT == "mxf4": return [torch.randint(256, shape, dtype=torch.uint8) for shape in ((M, K // 2), (m * k * 512,))]
     return torch.randint(256, (m, k, 128 * 128), dtype=torch.uint8), torch.rand(m, k, 4 if right else 128)
 
 
@@ -34,15 +35,15 @@ def calls(M, K, dtype):
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
     for scale in ("floor", "nearest"): yield "quantize_forward", (x, scale)
-    for how in itertools.product((False, True), repeat=3):      # stochastic, signs after, FP8 tiles
+    for how in itertools.product((False, True), (False, True), ("packed", "fp8", "mxf4")):      # stochastic, signs after
         yield "quantize_backward", (x, signs, seeds[:2], *how)
         yield "requantize", (codes, scales, signs, seeds[2:], *how)
     for out in (torch.float32, torch.bfloat16):
         yield "dequantize", (codes, scales, out)
         yield "unrotate", (x, mask, out)
-        if product.TILES:                                       # elsewhere a library multiplies
-            for N in (32, 4096): yield "gemm_unrotate", (*tiles(M, N), *tiles(K, N, True), mask, 16 / 9, out)       # 4096: split
-    if product.TILES:
+        if product.FORMAT != "packed":                          # else a library multiplies
+            for N in (32, 4096): yield "gemm_unrotate", (*operand(M, N), *operand(K, N, True), mask, 16 / 9, out)       # 4096: split
+    if product.FORMAT != "packed":
         w = reference.quantize_forward(torch.randn(96, K), "floor")[:2]
         yield "gemm", (codes, scales, *w, 16 / 9, torch.float32)
         yield "quantize_gemm", (x, "floor", *w)

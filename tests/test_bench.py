@@ -252,15 +252,24 @@ def test_without_nvcc_make_compile_says_so(compile):
 
 
 def test_the_sanitizer_sees_every_op(monkeypatch):
-    monkeypatch.setattr(fp4.product, "TILES", True)
+    monkeypatch.setattr(fp4.product, "FORMAT", "fp8")
     ops = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fp4::")}
     assert {name for name, _ in sanitize.calls(33, 160, torch.float32)} == ops - sanitize.NO_KERNEL
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxf4"])
+def test_the_sanitizer_gives_the_product_operands_of_the_sizes_the_quantisers_make(monkeypatch, format):
+    monkeypatch.setattr(fp4.product, "FORMAT", format)
+    for M, K in sanitize.SHAPES:
+        for right in (False, True):
+            want = fp4.operand(torch.empty(0), M, K, format, right)
+            assert [(t.shape, t.dtype) for t in sanitize.operand(M, K, right)] == [(t.shape, t.dtype) for t in want]
 
 
 @pytest.mark.parametrize("M, K", sanitize.SHAPES)
 def test_the_sanitizer_s_calls_are_calls_that_the_ops_take(M, K):
     for name, args in sanitize.calls(M, K, torch.bfloat16):
-        on_a_gpu_only = name.startswith("fold") or name in ("quantize_backward", "requantize") and args[-1]
+        on_a_gpu_only = name.startswith("fold") or name in ("quantize_backward", "requantize") and args[-1] != "packed"
         if not on_a_gpu_only: getattr(torch.ops.fp4, name)(*args)
 
 

@@ -68,6 +68,17 @@ def test_the_kernels_place_of_a_scale_is_the_one_of_the_permutation(places, rows
     assert torch.equal(tiles, swizzle(s))
 
 
+@needs_gpp
+@pytest.mark.parametrize("rows, blocks", ODD)
+def test_the_quantisers_threads_write_every_byte_of_the_tiles_once(places, rows, blocks):
+    """quantize.cu: a CUDA block has a tile of 128 rows x 4 blocks (forward: half of it), a thread a scale, as tiles.cuh says of its lines and parts"""
+    m, k = -(-rows // 128), -(-blocks // 4)
+    backward = [(128 * i + t // 4, 4 * j + t % 4) for i in range(m) for j in range(k) for t in range(512)]
+    forward = [(i // k * 64 + t // 4, i % k * 4 + t % 4) for i in range(2 * m * k) for t in range(256)]
+    for threads in (backward, forward):
+        assert sorted(places.place(r, c, blocks) for r, c in threads) == list(range(places.size(rows, blocks)))
+
+
 # ---- fragments and conversions
 
 def fragments(folder, root=ROOT):
@@ -154,10 +165,11 @@ def test_the_bindings_compile_for_every_kind_of_gpu(flags):
 def test_each_gpu_has_its_product(capability, gemm, files, name, monkeypatch):
     registered = []
     monkeypatch.setattr(product, "GEMM", gemm)
-    monkeypatch.setattr(product, "TILES", False)
+    monkeypatch.setattr(product, "FORMAT", "packed")
     said = product.choose(capability, types.SimpleNamespace(impl=lambda op, f, device: registered.append((op, f.__name__, device))))
     assert product.own(capability)[0] == files and registered == [("gemm", name, "CUDA")] * bool(name)
-    assert product.TILES == (capability == (9, 0)) and ("FP4 tensor cores" in said) == (gemm != "fp8" and capability[0] >= 10)
+    assert product.FORMAT == ("packed" if not files else "fp8" if capability == (9, 0) else "mxf4")
+    assert ("FP4 tensor cores" in said) == (gemm != "fp8" and capability[0] >= 10)
 
 
 def machine_code(kernel, target, folder):
@@ -347,6 +359,24 @@ def test_a_product_runs_on_the_stream_given(libraries, kernel):
 def test_the_swizzle_kernel_makes_the_tiles(libraries, rows, blocks):
     s = torch.randint(1, 256, (rows, blocks), dtype=torch.uint8, device="cuda")
     assert torch.equal(next(iter(libraries.values())).swizzle(s), swizzle(s))
+
+
+@on_gpu
+@each_kernel
+def test_every_op_and_a_layer_use_the_product_as_they_use_hoppers(tmp_path, kernel):
+    """test_kernels.py and test_gpu.py on this GPU, in a copy of the sources that is built with this product"""
+    for path in ("fp4", "data", "scaling", "tests", "model.py", "quartet.py"):
+        copy = shutil.copytree if os.path.isdir(os.path.join(ROOT, path)) else shutil.copy
+        copy(os.path.join(ROOT, path), tmp_path / path, **dict(ignore=shutil.ignore_patterns("build", "__pycache__")) if copy is shutil.copytree else {})
+    (tmp_path / "run.py").write_text(f'''import sys, pytest
+from fp4 import product
+product.own = lambda capability: (["{kernel}.cu", "swizzle.cu"], ["-DGEMM_MXF4={kernel}"])
+failed = pytest.main(["-q", "-x", "tests/test_kernels.py", "tests/test_gpu.py", "-k", "cuda and not run_falls_out"])
+assert product.FORMAT == "mxf4"
+sys.exit(failed)''')
+    flags = " ".join(flag.replace("-I", f"-I{tmp_path}/") for flag in KERNELS[kernel])
+    said = run(sys.executable, "run.py", cwd=tmp_path, env={**os.environ, "NVCC_APPEND_FLAGS": flags})
+    assert "passed" in said
 
 
 MUTANTS = [

@@ -3,7 +3,7 @@ import types
 import pytest, torch
 import fp4, quartet
 from data import tokens
-from fp4 import linear
+from fp4 import linear, reference
 from test_kernels import tiles_of
 
 ops = torch.ops.fp4
@@ -11,7 +11,7 @@ fp4.build()
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def quantised(x): return ops.quantize_backward(x, *ops.draw(x, x, 2), False, True)
+def quantised(x): return ops.quantize_backward(x, *ops.draw(x, x, 2), False, True, "packed")
 
 
 @gpu
@@ -58,6 +58,24 @@ def test_a_layer_can_be_captured_in_a_cuda_graph_and_draws_fresh_signs_at_each_r
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("precision", ["fp4", "fp4-sr"])
+def test_a_layer_is_the_one_of_the_definition_with_the_same_draws(precision, tokens, device):
+    layer, F32 = fp4.Linear(96, 160, precision).to(device), torch.float32
+    x, dy = torch.randn(tokens, 96, device=device, requires_grad=True), torch.randn(tokens, 160, device=device)
+    torch.manual_seed(1)
+    got = layer(x), *torch.autograd.grad(layer(x), (x, layer.weight), dy)
+    torch.manual_seed(1)
+    (signs, seeds), how = [t.cpu() for t in reference.draw(dy, x, 4)], (precision == "fp4-sr", False)
+    xq, wq = (reference.quantize_forward(t.detach().cpu(), "floor") for t in (x, layer.weight))
+    g = reference.quantize_backward(dy.cpu(), signs, seeds[:2], *how)
+    w, xt = reference.requantize(*wq[:2], signs, seeds[2:3], *how), reference.requantize(*xq[:2], signs, seeds[3:], *how)
+    want = (reference.gemm(*xq[:2], *wq[:2], 1.0, F32), reference.unrotate(reference.gemm(*g[:2], *w, 16 / 9, F32), xq[2], F32),
+            reference.unrotate(reference.gemm(*g[2:], *xt, 16 / 9, F32), wq[2], F32))
+    for a, b in zip(got, want): assert a.shape == b.shape and (a.cpu() - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_no_tokens_at_all_give_no_outputs_and_a_gradient_of_zeros(device):
     layer, x = fp4.Linear(96, 160, "fp4").to(device), torch.randn(0, 96, device=device, requires_grad=True)
     dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), torch.randn(0, 160, device=device))
@@ -94,14 +112,14 @@ def test_no_block_of_a_real_training_run_falls_out_of_the_window(device, monkeyp
         y, codes, scales, mask = ops.quantize_gemm(x, scale, w, w_scales)
         count("forward", (codes, scales)), count("forward", (w, w_scales), True)
         return y, codes, scales, mask
-    def backward(dy, signs, seeds, stochastic, after, tiles):
-        packed = ops.quantize_backward(dy, signs, seeds, stochastic, after, False)
+    def backward(dy, signs, seeds, stochastic, after, format):
+        packed = ops.quantize_backward(dy, signs, seeds, stochastic, after, "packed")
         count("backward", packed[:2]), count("backward", packed[2:])
-        return ops.quantize_backward(dy, signs, seeds, stochastic, after, tiles)
-    def requantize(codes, scales, signs, seed, stochastic, after, tiles):
-        packed = ops.requantize(codes, scales, signs, seed, stochastic, after, False)
+        return ops.quantize_backward(dy, signs, seeds, stochastic, after, format)
+    def requantize(codes, scales, signs, seed, stochastic, after, format):
+        packed = ops.requantize(codes, scales, signs, seed, stochastic, after, "packed")
         count("requantize", packed, True)
-        return ops.requantize(codes, scales, signs, seed, stochastic, after, tiles)
+        return ops.requantize(codes, scales, signs, seed, stochastic, after, format)
     watched = dict(quantize_gemm=forward, quantize_backward=backward, requantize=requantize)
     spy = types.SimpleNamespace(**watched, **{n: getattr(ops, n) for n in ("quantize_forward", "draw", "gemm_unrotate", "unrotate", "dequantize")})
     for step in range(25):

@@ -2,6 +2,8 @@
 import pytest, torch
 import fp4
 from fp4 import product, reference
+from fp4.nvfp4 import swizzle
+from test_blackwell import unswizzle
 
 HOW = fp4.build()
 ops = torch.ops.fp4
@@ -54,8 +56,8 @@ def test_each_op_gives_the_bytes_of_the_definition(x, device):
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
     for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
-        check("quantize_backward", x, signs, seeds[:2], *how)
-        check("requantize", codes, scales, signs, seeds[2:], *how)
+        check("quantize_backward", x, signs, seeds[:2], *how, "packed")
+        check("requantize", codes, scales, signs, seeds[2:], *how, "packed")
     for dtype in (torch.float32, torch.bfloat16):
         check("dequantize", codes, scales, dtype)
         check("unrotate", x, mask, dtype)
@@ -88,15 +90,34 @@ def same_tiles(got, want, right=False):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_operands_in_fp8_tiles_are_the_packed_ones_exactly(x):
-    if not product.TILES: pytest.skip("no gemm_sm90.cu on this GPU")
     packed = reference.quantize_forward(x, "floor")[:2]
     signs, seeds = reference.draw(x, x, 3)
     on_gpu = lambda *tensors: [t.cuda() for t in tensors]
     for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
-        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, True), reference.quantize_backward(x, signs, seeds[:2], *how)
+        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, "fp8"), reference.quantize_backward(x, signs, seeds[:2], *how)
         same_tiles(got[:2], want[:2])
         same_tiles(got[2:], want[2:])
-        same_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, True), reference.requantize(*packed, signs, seeds[2:], *how), True)
+        same_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, "fp8"), reference.requantize(*packed, signs, seeds[2:], *how), True)
+
+
+def same_scale_tiles(got, want):
+    "packed, but for the scales: those are in tiles, and beyond the matrix those of zeros"
+    (codes, tiles), (want_codes, scales) = got, want
+    same([codes.cpu(), unswizzle(tiles.cpu(), *scales.shape)], [want_codes, scales])
+    padding = swizzle(torch.ones_like(scales)) == 0
+    assert tiles.numel() == padding.numel() and (tiles.cpu()[padding] == 127).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_operands_with_scales_in_tiles_are_the_packed_ones(x):
+    packed = reference.quantize_forward(x, "floor")[:2]
+    signs, seeds = reference.draw(x, x, 3)
+    on_gpu = lambda *tensors: [t.cuda() for t in tensors]
+    for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
+        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, "mxf4"), reference.quantize_backward(x, signs, seeds[:2], *how)
+        same_scale_tiles(got[:2], want[:2])
+        same_scale_tiles(got[2:], want[2:])
+        same_scale_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, "mxf4"), reference.requantize(*packed, signs, seeds[2:], *how))
 
 
 PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
@@ -131,7 +152,8 @@ def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, dev
     torch.manual_seed(K)
     (a, b), mask = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N)), torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int()
     operands = [t.to(device) for t in (*a, *b)]
-    if device == "cuda" and product.TILES: operands = [t.cuda() for t in (*tiles_of(*a)[:2], *tiles_of(*b, True)[:2])]
+    if device == "cuda" and product.FORMAT == "fp8": operands = [t.cuda() for t in (*tiles_of(*a)[:2], *tiles_of(*b, True)[:2])]
+    if device == "cuda" and product.FORMAT == "mxf4": operands = [t.cuda() for t in (a[0], swizzle(a[1]), b[0], swizzle(b[1]))]
     got = ops.gemm_unrotate(*operands, mask.to(device), 16 / 9, dtype).cpu().double()
     exact = reference.unrotate(reference.gemm(*a, *b, 16 / 9, torch.float32), mask, torch.float32).double()
     size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
@@ -172,5 +194,7 @@ def test_folding_into_fp8_changes_no_value_within_15_octaves():
 def test_an_op_takes_no_matrix_it_would_misread():
     x = torch.randn(64, 64)
     with pytest.raises(RuntimeError, match="contiguous"): ops.quantize_forward(x.T, "floor")
-    with pytest.raises(RuntimeError, match="seeds must have 2"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(3).long(), False, False)
+    with pytest.raises(RuntimeError, match="seeds must have 2"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(3).long(), False, False, "packed")
+    with pytest.raises(RuntimeError, match="tiles are for a GPU"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, False, "mxf4")
+    with pytest.raises(RuntimeError, match="format must be"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, False, "bf16")
     with pytest.raises(RuntimeError, match="mask"): ops.unrotate(x, torch.zeros(64, 3, dtype=torch.int32), torch.float32)

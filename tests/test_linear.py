@@ -83,7 +83,7 @@ def bits_gained(rounding, signs="before"):
     packed = ops.quantize_forward(layer.weight.detach(), "floor")
     for n in range(1, 1025):
         s, seeds = ops.draw(dy, dy, 4)
-        how = rounding == "stochastic", signs == "after"
+        how = rounding == "stochastic", signs == "after", "packed"
         g, w = ops.quantize_backward(dy, s, seeds[:2], *how)[:2], ops.requantize(*packed[:2], s, seeds[2:3], *how)
         total = total + ops.gemm(*g, *w, 16 / 9, torch.float32).double()
         if n in (1, 4, 16, 64, 256, 1024):

@@ -124,7 +124,7 @@ def test_the_forward_quantisers_error_is_the_one_of_the_table(scale, expected):
 @pytest.mark.parametrize("stochastic, expected", [(False, 1.366e-2), (True, 2.778e-2)])
 def test_the_backward_quantisers_error_is_the_one_of_the_table(stochastic, expected):
     def quantise(x, i):
-        packed = ops.quantize_backward(x, NO_SIGNS, torch.tensor([i, 0]), stochastic, False)[:2]
+        packed = ops.quantize_backward(x, NO_SIGNS, torch.tensor([i, 0]), stochastic, False, "packed")[:2]
         return ops.dequantize(*packed, torch.float32) * (4 / 3)
     error = octave_error(quantise)
     assert abs(error / expected - 1) <= .01, error
