@@ -29,7 +29,7 @@ bench: kernels  ## on a GPU: kernels, linears and training steps against BF16, 6
 	$(PYTHON) -m fp4.bench
 
 # a .cu named after a machine is for that machine, every other one for all of these
-GPUS := 80 89 90a 100a 120a
+GPUS := 75 80 89 90a 100a 120a
 GPUS_sm90 := 90a
 GPUS_sm100 := 100a 103a
 GPUS_sm120 := 120a 121a

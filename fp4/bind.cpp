@@ -20,8 +20,7 @@ namespace {
 
 // the sentence is put together without a stream: std::ostringstream crashes in a library into which the compiler
 // has linked a part of libstdc++ (seen: Ubuntu 24.04's g++ 13 with torch 2.11)
-std::string text(const char* s) { return s; }
-std::string text(const std::string& s) { return s; }
+std::string text(std::string s) { return s; }
 std::string text(int64_t n) { return std::to_string(n); }
 #define CHECK(ok, ...) \
   if (!(ok)) throw std::runtime_error("fp4: " + sentence(__VA_ARGS__))
@@ -160,9 +159,15 @@ Tensor dequantize(const Tensor& c, const Tensor& s, ScalarType dtype) {
   return x;
 }
 
-// the operands are exact in float32; the library multiplies them
+// the operands are exact in float32; the library multiplies them, but on an old GPU
 Tensor gemm(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs, double alpha, ScalarType dtype) {
   check_packed(a, as), check_right(b, bs, a, 2 * a.size(1));
+#ifdef GEMM_PLAIN
+  if (const Device on(a); a.is_cuda()) {
+    Tensor out = empty(a, a.size(0), b.size(0), dtype);
+    return gemm_plain(bytes(a), bytes(as), bytes(b), bytes(bs), a.size(0), b.size(0), 2 * a.size(1), float(alpha), values(out), on.stream), out;
+  }
+#endif
   Tensor x = dequantize(a, as, ScalarType::Float), y = dequantize(b, bs, ScalarType::Float);
   Tensor c = torch::stable::matmul(x, torch::stable::transpose(y, 0, 1));
   if (alpha == 1 && dtype == ScalarType::Float) return c;
@@ -272,24 +277,20 @@ Tensor gemm_unrotate(const Tensor& a, const Tensor& as, const Tensor& b, const T
 #endif
 
 const auto same_on_both = [](auto& m) {
-  m.impl("quantize_forward", TORCH_BOX(&quantize_forward));
-  m.impl("quantize_backward", TORCH_BOX(&quantize_backward));
-  m.impl("requantize", TORCH_BOX(&requantize));
-  m.impl("dequantize", TORCH_BOX(&dequantize));
-  m.impl("unrotate", TORCH_BOX(&unrotate));
+  m.impl("quantize_forward", TORCH_BOX(&quantize_forward)), m.impl("quantize_backward", TORCH_BOX(&quantize_backward));
+  m.impl("requantize", TORCH_BOX(&requantize)), m.impl("dequantize", TORCH_BOX(&dequantize)), m.impl("unrotate", TORCH_BOX(&unrotate));
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
-  same_on_both(m);
-  m.impl("gemm", TORCH_BOX(&gemm));
-}
+STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) { same_on_both(m), m.impl("gemm", TORCH_BOX(&gemm)); }
 
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
-  same_on_both(m);
-  m.impl("fold", TORCH_BOX(&fold_packed));                     // for a library's gemm: product.py
+  same_on_both(m), m.impl("fold", TORCH_BOX(&fold_packed));    // for a library's gemm: product.py
+#ifdef GEMM_PLAIN
+  m.impl("gemm", TORCH_BOX(&gemm));
+#endif
 #if defined(GEMM_SM90) || defined(GEMM_MXF4)
   m.impl("gemm", TORCH_BOX(&own_gemm));
   m.impl("quantize_gemm", TORCH_BOX(&quantize_gemm));

@@ -17,7 +17,7 @@ def build():
             capability = torch.cuda.get_device_capability()
             files, flags = product.own(capability)
             compile_and_load(["bind.cpp", "cpu.cpp", "quantize.cu", "unrotate.cu", "fold.cu", *files], ["-DUSE_CUDA", *flags],
-                             "{0}{1}".format(*capability) + "a" * bool(files))
+                             "{0}{1}".format(*capability) + "a" * (bool(files) and capability >= (9, 0)))
             how = f"quantize.cu and {product.choose(capability, lib)} on the GPU, cpu.cpp on the CPU"
         else:
             compile_and_load(["bind.cpp", "cpu.cpp"], [])

@@ -47,6 +47,8 @@ void quantize_forward_operand(Values x, int64_t M, int64_t K, bool nearest, uint
 void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // [M, K] packed
           uint8_t* fp8, float* row_scales, void* stream);                                             // [M, K], [M]
 void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream);
+void gemm_plain(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
+                float alpha, Values out, void* stream);           // any GPU: out [M, N] = alpha * a @ b.T
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K);
 void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
                const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not

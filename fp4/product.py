@@ -3,7 +3,8 @@ Which product alpha * a @ b.T of packed matrices a GPU runs.
 
 Without FP4 units: in a wider format that holds every MXFP4 value. A product in the FP8 of Hopper and Ada has MXFP4's exact
 operands, because a block scale is a power of two and fits into the exponent: 2^s * E2M1 is E4M3 for 15 consecutive s
-(fold.cu). Hopper has a product of its own, gemm_sm90.cu; elsewhere the library's FP8 or BF16 product does it.
+(fold.cu). Hopper has a product of its own, gemm_sm90.cu; elsewhere the library's FP8 or BF16 product does it, and before Ampere
+gemm_plain.cu.
 
 A product of our own takes a gradient's operands as the quantisers write them for it, in its FORMAT: nothing is rearranged between.
 
@@ -20,6 +21,7 @@ FORMAT = "packed"               # of a gradient's operands: packed | fp8 for gem
 
 def own(capability):
     """the files of a product of our own, and what bind.cpp is told of it; nothing: a library multiplies"""
+    if capability < (8, 0): return ["gemm_plain.cu"], ["-DGEMM_PLAIN"]
     if capability == (9, 0): return ["gemm_sm90.cu"], ["-DGEMM_SM90"]
     name = {10: "gemm_sm100", 12: "gemm_sm120"}.get(capability[0])
     return ([name + ".cu", "swizzle.cu"], [f"-DGEMM_MXF4={name}"]) if name and GEMM == "own" else ([], [])
@@ -29,7 +31,8 @@ def choose(capability, lib):
     """register the product for a GPU; returns what to call it"""
     global FORMAT
     files, _ = own(capability)
-    FORMAT = "packed" if not files else "fp8" if files == ["gemm_sm90.cu"] else "mxf4"
+    FORMAT = {"gemm_sm90.cu": "fp8", "gemm_sm100.cu": "mxf4", "gemm_sm120.cu": "mxf4"}.get(files[0] if files else "", "packed")
+    if capability < (8, 0): return "FP4 products in FP32 (gemm_plain.cu, which has not been run on this hardware by its authors)"
     if FORMAT == "fp8": return "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)"
     if files: return f"products on FP4 tensor cores ({files[0]}, which has not been run on this hardware by its authors)"
     four, eight = capability[0] in (10, 12) and GEMM == "library", capability >= (8, 9)

@@ -152,14 +152,14 @@ def test_the_library_takes_the_shapes_of_the_operands(M, N, K):
 # ---- compilation
 
 @needs_gpp
-@pytest.mark.parametrize("flags", [["-DGEMM_SM90"], ["-DGEMM_MXF4=gemm_sm100"], ["-DGEMM_MXF4=gemm_sm120"], []])
+@pytest.mark.parametrize("flags", [["-DGEMM_SM90"], ["-DGEMM_PLAIN"], ["-DGEMM_MXF4=gemm_sm100"], ["-DGEMM_MXF4=gemm_sm120"], []])
 def test_the_bindings_compile_for_every_kind_of_gpu(flags):
     from torch.utils.cpp_extension import include_paths
     run("g++", "-std=c++17", "-fsyntax-only", "-DUSE_CUDA", *flags, *(f"-I{path}" for path in include_paths()), "fp4/bind.cpp", cwd=ROOT)
 
 
 @pytest.mark.parametrize("capability, gemm, files, name", [
-    ((9, 0), "fp8", ["gemm_sm90.cu"], None), ((9, 0), "own", ["gemm_sm90.cu"], None), ((8, 0), "own", [], "gemm_bf16"), ((8, 9), "own", [], "gemm_fp8"),
+    ((7, 5), "fp8", ["gemm_plain.cu"], None), ((9, 0), "fp8", ["gemm_sm90.cu"], None), ((9, 0), "own", ["gemm_sm90.cu"], None), ((8, 0), "own", [], "gemm_bf16"), ((8, 9), "own", [], "gemm_fp8"),
     ((10, 3), "fp8", [], "gemm_fp8"), ((10, 0), "own", ["gemm_sm100.cu", "swizzle.cu"], None), ((12, 1), "own", ["gemm_sm120.cu", "swizzle.cu"], None),
     ((12, 0), "library", [], "gemm"), ((10, 0), "library", [], "gemm")])
 def test_each_gpu_has_its_product(capability, gemm, files, name, monkeypatch):
@@ -168,7 +168,7 @@ def test_each_gpu_has_its_product(capability, gemm, files, name, monkeypatch):
     monkeypatch.setattr(product, "FORMAT", "packed")
     said = product.choose(capability, types.SimpleNamespace(impl=lambda op, f, device: registered.append((op, f.__name__, device))))
     assert product.own(capability)[0] == files and registered == [("gemm", name, "CUDA")] * bool(name)
-    assert product.FORMAT == ("packed" if not files else "fp8" if capability == (9, 0) else "mxf4")
+    assert product.FORMAT == ("packed" if not files or capability < (8, 0) else "fp8" if capability == (9, 0) else "mxf4")
     assert ("FP4 tensor cores" in said) == (gemm != "fp8" and capability[0] >= 10)
 
 

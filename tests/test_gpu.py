@@ -1,5 +1,5 @@
 """What only a GPU can get wrong: streams, graphs, devices, launches; and what falls out of FP8's window in a real run."""
-import types
+import ctypes, os, shutil, subprocess, types
 import pytest, torch
 import fp4, quartet
 from data import tokens
@@ -7,6 +7,7 @@ from fp4 import linear, reference
 from test_kernels import tiles_of
 
 ops = torch.ops.fp4
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 fp4.build()
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -73,6 +74,28 @@ def test_a_layer_is_the_one_of_the_definition_with_the_same_draws(precision, tok
     want = (reference.gemm(*xq[:2], *wq[:2], 1.0, F32), reference.unrotate(reference.gemm(*g[:2], *w, 16 / 9, F32), xq[2], F32),
             reference.unrotate(reference.gemm(*g[2:], *xt, 16 / 9, F32), wq[2], F32))
     for a, b in zip(got, want): assert a.shape == b.shape and (a.cpu() - b).norm() <= 1e-4 * b.norm()
+
+
+@gpu
+@pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
+def test_the_product_for_gpus_before_ampere_is_within_the_error_of_an_fp32_sum(tmp_path_factory, dtype, ulp):
+    if not shutil.which("nvcc"): pytest.skip("no nvcc")
+    path = tmp_path_factory.getbasetemp() / "plain.so"
+    if not path.exists():
+        subprocess.run(["nvcc", "-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-o", path, "fp4/gemm_plain.cu"], cwd=ROOT, check=True)
+    class Values(ctypes.Structure): _fields_ = [("data", ctypes.c_void_p), ("bf16", ctypes.c_bool)]
+    plain = getattr(ctypes.CDLL(path), "_Z10gemm_plainPKhS0_S0_S0_lllf6ValuesPv")
+    for M, N, K in ((1, 32, 32), (33, 64, 96), (100, 160, 1024), (300, 72, 544)):
+        torch.manual_seed(K)
+        a, b = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N))
+        b[1][5, 0] = 255                                        # NaN
+        out, operands = torch.full((M, N), 77., device="cuda", dtype=dtype), [t.cuda() for t in (*a, *b)]
+        plain(*[ctypes.c_void_p(t.data_ptr()) for t in operands], *map(ctypes.c_int64, (M, N, K)), ctypes.c_float(16 / 9),
+              Values(out.data_ptr(), dtype == torch.bfloat16), None)
+        got, exact = out.cpu().double(), reference.gemm(*a, *b, 16 / 9, torch.float32).double()
+        size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
+        assert got[:, 5].isnan().all() and torch.equal(got.isnan(), exact.isnan())
+        assert ((got - exact).abs().le(K * 2 ** -24 * size + ulp * exact.abs()) | exact.isnan()).all()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
