@@ -248,6 +248,13 @@ def test_a_kernel_does_not_compile_for_a_gpu_without_its_instruction(tmp_path):
             nvcc(gencode(target), "-cubin", f"fp4/{kernel}.cu", "-o", os.devnull)
 
 
+# ---- what is said of them
+
+def test_the_predictions_in_the_readme_are_those_of_the_command():
+    said = run(sys.executable, "tests/blackwell_report.py", "--predict", cwd=ROOT)
+    assert said.startswith("predicted, not measured") and f"<!-- predicted -->\n{said}<!-- /predicted -->\n" in open(os.path.join(ROOT, "README.md")).read()
+
+
 # ---- on a GPU
 
 def kernels():
