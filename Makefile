@@ -53,6 +53,8 @@ sanitize: kernels ## on a GPU: every kernel under compute-sanitizer: memcheck, r
 
 test: $(INSTALLED) ## all tests
 	$(PYTHON) -c "import pytest, xdist, matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q pytest pytest-xdist matplotlib
+	@command -v nvcc >/dev/null && ! command -v nvdisasm >/dev/null && ! $(PYTHON) -m pip show -q nvidia-cuda-nvdisasm 2>/dev/null && \
+	! $(PYTHON) -m pip install -q nvidia-cuda-nvdisasm && echo "test: no nvdisasm, so that no machine code is checked" || true
 	$(PYTHON) -m pytest -q -n 2 tests
 
 lines:          ## lines a file, against the reading budget

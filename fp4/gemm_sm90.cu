@@ -34,6 +34,7 @@ struct Shared {
   float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32, in different banks
   uint64_t full[STAGES], empty[STAGES];
 };
+static_assert(sizeof(Shared) <= 232448, "the shared memory a block can have on sm_90");
 
 // ---- instructions that have no name in CUDA C++
 

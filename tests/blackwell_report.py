@@ -15,19 +15,17 @@ GPUS = {"B200": (9000, 4500, 2250, 8.0), "RTX 5090": (1676, 419, 209.5, 1.79), "
 
 
 def predict(gpu, M, N, K):
-    """ms of a product in FP4, FP8, BF16: its operations at the peak rate or its bytes, read and written once, whichever takes longer"""
+    """of a product in FP4, FP8, BF16: ms of its operations at the peak rate, and of its bytes, read and written once"""
     *rates, bandwidth = GPUS[gpu]
-    moved = [((M + N) * K * bits / 8 + 2 * M * N) / bandwidth / 1e9 for bits in (4.25, 8, 16)]
-    return [max(2e-9 * M * N * K / rate, bytes) for rate, bytes in zip(rates, moved)]
+    return [(2e-9 * M * N * K / rate, ((M + N) * K * bits / 8 + 2 * M * N) / bandwidth / 1e9) for rate, bits in zip(rates, (4.25, 8, 16))]
 
 
 def predicted():
-    lines = ["predicted, not measured: ms of a product [M, K] x [K, N] -> BF16, operands ready; operations and bytes against datasheet rates", "",
-             "| M, N, K | GPU | FP4 | FP8 | BF16 | FP4 / BF16 |", "|---|---|---|---|---|---|"]
+    lines = ["predicted, not measured: ms of a product [M, K] x [K, N] -> BF16, operands ready, at datasheet rates: of its operations, or (*) of its bytes", "",
+             "| M, N, K | " + " | ".join(f"{gpu}: FP4 | FP8 | BF16" for gpu in GPUS) + " |", "|---" * (1 + 3 * len(GPUS)) + "|"]
     for shape in SHAPES:
-        for gpu in GPUS:
-            four, eight, sixteen = predict(gpu, *shape)
-            lines.append(f"| {', '.join(map(str, shape))} | {gpu} | {four:.3f} | {eight:.3f} | {sixteen:.3f} | {four / sixteen:.2f} |")
+        times = [f"{max(pair):.3f}" + "*" * (pair[1] > pair[0]) for gpu in GPUS for pair in predict(gpu, *shape)]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(times)} |")
     return lines
 
 

@@ -3,7 +3,7 @@ Blackwell's products, fp4/gemm_sm120.cu and gemm_sm100.cu. On a Blackwell GPU th
 them does (-DFP4_MODEL: mma_mxf4_model.cuh, tcgen05_model.cuh) and everything else is the code that ships; without a GPU remain
 the layouts, the fragments, compilation and what the disassembler shows.
 """
-import ctypes, glob, os, re, shutil, subprocess, sys, types
+import ctypes, functools, glob, os, re, shutil, subprocess, sys, types
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from fp4 import nvfp4, product, reference
@@ -172,30 +172,73 @@ def test_each_gpu_has_its_product(capability, gemm, files, name, monkeypatch):
     assert ("FP4 tensor cores" in said) == (gemm != "fp8" and capability[0] >= 10)
 
 
-def machine_code(kernel, target, folder):
-    """what ptxas says, and the disassembly"""
-    cubin = str(folder / "kernel.cubin")
-    said = nvcc("-Xptxas", "-v", gencode(target), "-cubin", f"fp4/{kernel}.cu", "-o", cubin)
-    found = [p for place in sys.path for p in glob.glob(os.path.join(place, "nvidia/*/bin/nvdisasm"))] + [shutil.which("nvdisasm")]
-    return said, run(found[0], cubin) if found[0] else None
+def disassembler():
+    """on the PATH, in the CUDA toolkit, or where pip install nvidia-cuda-nvdisasm puts it: make test does"""
+    places = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", *(p for at in sys.path for p in glob.glob(os.path.join(at, "nvidia/*/bin")))]
+    return shutil.which("nvdisasm", path=os.pathsep.join([os.environ["PATH"], *places]))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """(file, target) -> the cubin, and of each __global__ function what ptxas says; once a session"""
+    folder = tmp_path_factory.mktemp("cubins")
+    @functools.cache
+    def compiled(file, target):
+        cubin = str(folder / f"{file}.{target}")
+        said = nvcc("-fmad=false", "-Xptxas", "-v", gencode(target), "-cubin", f"fp4/{file}.cu", "-o", cubin)
+        return cubin, dict(re.findall(r"Compiling entry function '(\w+)'(.*?Used [^\n]*)", said, re.S))
+    return compiled
+
+
+# file, target | a CUDA block's threads, and blocks meant to share a multiprocessor | in each kernel at least so many instructions
+PRODUCTS = [
+    ("gemm_sm90", "90a", 384, 1, {"QGMMA.64x128x32.F32.E4M3.E5M2": 8, "UBLKCP": 1, "UBLKCP.S.G.MULTICAST": 1, "UTMALDG.2D": 1, "USETMAXREG": 2}),
+    ("gemm_sm120", "120a", 256, 1, {"OMMA.SF.16864.F32.E2M1.E2M1.E8": 64, "LDSM.16.M88.4": 16, "LDGSTS": 3}),
+    ("gemm_sm120", "121a", 256, 1, {"OMMA.SF.16864.F32.E2M1.E2M1.E8": 64}),
+    ("gemm_sm100", "100a", 128, 1, {"UTCOMMA": 1, "UTCCP.T.S.4x32dp128bit": 1, "UTCBAR": 2, "LDTM.x16": 1, "UTMALDG.2D": 2, "UBLKCP": 1}),
+    ("gemm_sm100", "103a", 128, 1, {"UTCOMMA": 1, "UTCCP.T.S.4x32dp128bit": 1}),
+]
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel, target, instructions, threads", [
-    ("gemm_sm120", "120a", {"OMMA.SF.16864.F32.E2M1.E2M1.E8": 64, "LDSM.16.M88.4": 16, "LDGSTS": 3}, 256),
-    ("gemm_sm120", "121a", {"OMMA.SF.16864.F32.E2M1.E2M1.E8": 64}, 256),
-    ("gemm_sm100", "100a", {"UTCOMMA": 1, "UTCCP.T.S.4x32dp128bit": 1, "UTCBAR": 2, "LDTM.x16": 1, "UTMALDG.2D": 2, "UBLKCP": 1}, 128),
-    ("gemm_sm100", "103a", {"UTCOMMA": 1, "UTCCP.T.S.4x32dp128bit": 1}, 128),
+@pytest.mark.parametrize("file, target, name, kernels, threads, blocks", [
+    *((file, target, "gemm_kernel", 2, threads, blocks) for file, target, threads, blocks, _ in PRODUCTS),                 # BF16 and FP32 out
+    *(("quantize", target, name, kernels, threads, 2) for target in ("100a", "120a") for name, kernels, threads in (("forward_kernel", 6, 256), ("backward_kernel", 12, 512))),
 ])
-def test_the_kernels_compile_to_the_instructions_meant_without_local_memory(tmp_path, kernel, target, instructions, threads):
-    said, code = machine_code(kernel, target, tmp_path)
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    assert len(registers) == 2 and max(registers) * threads <= 65536       # BF16 and FP32 out; a block fits
-    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2
-    if code is None: pytest.skip("no nvdisasm (pip install nvidia-cuda-nvdisasm)")
-    for name, least in instructions.items():
-        assert len(re.findall(r"\s" + re.escape(name), code)) >= 2 * least, name
-    assert not re.search(r"\s(LDL|STL|HMMA|QMMA|IMMA)", code)
+def test_the_kernels_meant_to_share_a_multiprocessor_fit_and_spill_nothing(compiled, file, target, name, kernels, threads, blocks):
+    """registers; shared memory has a static_assert where it is chosen"""
+    said = [text for function, text in compiled(file, target)[1].items() if name in function]
+    assert len(said) == kernels
+    for text in said:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text
+        registers = -(-int(re.search(r"Used (\d+) registers", text)[1]) // 8) * 8                       # they are given out by eights
+        assert registers * threads * blocks <= 65536
+
+
+def instructions(cubin, name):
+    """the disassembly of each function with that name"""
+    tool = disassembler()
+    if not tool: pytest.skip("no nvdisasm (pip install nvidia-cuda-nvdisasm)")
+    return [text for function, text in re.findall(r"\.section\s+\.text\.(\w+),(.*?)(?=\.section|\Z)", run(tool, cubin), re.S) if name in function]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("file, target, _, __, least", PRODUCTS)
+def test_the_products_are_made_of_the_instructions_meant_and_use_no_local_memory(compiled, file, target, _, __, least):
+    codes = instructions(compiled(file, target)[0], "gemm_kernel")
+    assert len(codes) == 2
+    for code in codes:
+        for name, n in least.items(): assert len(re.findall(r"\s" + re.escape(name), code)) >= n, name
+        assert not re.search(r"\s(LDL|STL|HMMA|QMMA|IMMA)", code)         # nor another tensor core instruction
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", ["100a", "120a"])
+def test_blackwells_quantisers_round_by_its_conversion_and_use_no_local_memory(compiled, target):
+    codes = instructions(compiled("quantize", target)[0], "ward_kernel")
+    assert len(codes) == 18 and not any(re.search(r"\s(LDL|STL)", code) for code in codes)
+    conversions = [len(re.findall(r"\sF2FP\.SATFINITE\.E2M1\.F32", code)) for code in codes]         # of two values
+    assert sorted(conversions) == [0] * 6 + [16] * 8 + [32] * 4            # FP8 tiles; one block of 32 a thread; one of a row and one of a column
 
 
 @needs_nvcc
@@ -203,6 +246,13 @@ def test_a_kernel_does_not_compile_for_a_gpu_without_its_instruction(tmp_path):
     for kernel, target in (("gemm_sm120", "90a"), ("gemm_sm120", "100a"), ("gemm_sm100", "90a"), ("gemm_sm100", "120a")):
         with pytest.raises(AssertionError, match="not supported|feature"):
             nvcc(gencode(target), "-cubin", f"fp4/{kernel}.cu", "-o", os.devnull)
+
+
+# ---- what is said of them
+
+def test_the_predictions_in_the_readme_are_those_of_the_command():
+    said = run(sys.executable, "tests/blackwell_report.py", "--predict", cwd=ROOT)
+    assert said.startswith("predicted, not measured") and f"<!-- predicted -->\n{said}<!-- /predicted -->\n" in open(os.path.join(ROOT, "README.md")).read()
 
 
 # ---- on a GPU
