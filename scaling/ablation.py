@@ -15,8 +15,7 @@ from fp4 import RECIPES
 from scaling.logs import label, read
 from scaling.table import report
 
-# 25 tokens a parameter (of 10, bf16's seeds ended 0.2 apart: some learn to copy later than others), eight runs at a time: one such
-# model leaves most of an H100 idle. All rows, then what each ingredient of fp4 buys
+# 25 tokens a parameter (of 10, bf16's seeds ended 0.2 apart), eight runs at a time. All rows, then what each ingredient of fp4 buys
 STUDY = "--size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 5 --jobs 8 --compile --discard --sample_tokens 0 --out out/study".split()
 WHAT = [["--precision", *what.split()] for what in ("all", "fp4 --scale nearest", "fp4 --rotation none:32:32,32:none:32,32:32:none,128",
                                                     "fp4 --rounding nearest:sr:nearest,nearest:nearest:sr")]
