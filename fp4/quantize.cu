@@ -25,17 +25,15 @@ namespace {
 constexpr int THREADS = 256, TILE_THREADS = 4 * SIDE;                      // a thread a block of 32; so many in 128 x 128
 
 // ---- an element: w -> the nearest unit * E2M1, unit a power of two, |w| <= 6 units. With p the power of two below |w|, at
-// least the unit, the grid's neighbours of w are p/2 apart, and so are floats at 2^22 p: one addition rounds, one takes
+// least the unit, the grid's neighbours of w are p/2 apart, and so are floats from 2^22 p on: one addition rounds, one takes
 // 2^22 p away again. To round stochastically, add a random part of p/2 and round towards zero
-
-__device__ float power(float w, float unit) {                              // p, with the sign of w
-  float p;
+__device__ float at_least(float w, float bound) {                          // the larger magnitude, with the sign of w
 #if __CUDA_ARCH__ >= 860
-  asm("max.xorsign.abs.f32 %0, %1, %2;" : "=f"(p) : "f"(w), "f"(unit));
+  asm("max.xorsign.abs.f32 %0, %0, %1;" : "+f"(w) : "f"(bound));
+  return w;
 #else
-  p = copysignf(fmaxf(fabsf(w), unit), w);
+  return copysignf(fmaxf(fabsf(w), bound), w);
 #endif
-  return float_of(bits_of(p) & 0xFF800000u);
 }
 
 __device__ float clip(float w, float bound) {
@@ -49,15 +47,17 @@ __device__ float clip(float w, float bound) {
 
 __device__ float signed_as(float w, float r) { return float_of(bits_of(r) | (bits_of(w) & 0x80000000u)); }    // r = 0 has lost its sign
 
+// z = w does for p: 2^22 w is a multiple of p/2, an even one where w is a tie, and 2^22 w - w lies where floats are p/2 apart, or
+// p/4 if w is all but p. Below 1.5 units, where p is the unit, z is 1.5 units. The definition's result for each of the 2^32 w
 __device__ float nearest(float w, float unit) {
-  const float p = power(w, unit);
-  return __fmaf_rn(p, -0x1p22f, __fmaf_rn(p, 0x1p22f, w));
+  const float z = at_least(w, 1.5f * unit);
+  return __fmaf_rn(z, 0x1p22f, -__fmaf_rn(z, 0x1p22f, -w));
 }
 
 __device__ float stochastic(float w, float unit, uint32_t noise, int byte) {
   const float one = float_of(__byte_perm(noise, 0x3F800000u, 0x7604 | byte << 4));       // 1 + noise / 2^15
   const float part = __fmaf_rn(one, 64, -64 + 0x1p-10f);                                 // (noise + 1/2) / 512
-  const float p = power(w, unit);
+  const float p = float_of(bits_of(at_least(w, unit)) & 0xFF800000u);
   return __fmaf_rn(p, -0x1p22f, __fmaf_rz(p, 0x1p22f, __fmaf_rz(p, part, w)));
 }
 
