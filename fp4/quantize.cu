@@ -162,7 +162,7 @@ enum class Format { packed, left, right };                                 // of
 template <Format format, bool random, class T>
 __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, const Operand& to, Shared<T>& s) {
   float m[1];
-  hadamard(v), largest(v, m);
+  hadamard(v, m);
   const int line = threadIdx.x / 4, part = threadIdx.x % 4, e = absmax_exponent(m[0]);
   const bool ok = finite(m[0]), counts = ok && m[0] > 0;
   const int64_t block = (row + line) * to.blocks + column / 32 + part;
