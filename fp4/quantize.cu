@@ -136,7 +136,7 @@ template <class T> struct Shared {
   // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
   static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
   uint8_t x[SIDE * PITCH + 4 * SKEW];
-  uint32_t pair[16], row[32], after[8];                                    // sign bits, where each use wants them
+  uint32_t before[32], after[8];                                           // sign bits, where each use wants them
   int tops[TILE_THREADS / 32];
   __device__ T* at(int row, int column) {
     return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
@@ -146,8 +146,7 @@ template <class T> struct Shared {
 template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after, bool tiles, Shared<T>& s) {
   const int i = threadIdx.x;
   const auto bit = [=](bool wanted, int j) { return wanted ? signs >> j & 1 : 0; };
-  if (i < 16) s.pair[i] = bit(!signs_after, 2 * i) << 15 | bit(!signs_after, 2 * i + 1) << 31;
-  if (i < 32) s.row[i] = bit(!signs_after, i) << 31;
+  if (i < 32) s.before[i] = bit(!signs_after, i) << 31;
   if (i < 8) {                                                             // bit 7 of each byte, or bit 3 of each code
     uint32_t word = 0;
     for (int j = 0; j < (tiles ? 4 : 8); j++)
@@ -239,10 +238,10 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   __syncthreads();
   Vector v;
   if constexpr (Source::both) {
-    load(s.at(line, 32 * part), v, s.pair);
+    load(s.at(line, 32 * part), v, s.before);
     quantize<tiles ? Format::left : Format::packed, random>(v, m0, k0, seeds[0], rows, s);
   }
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(*s.at(32 * part + i, line), s.row[i]);
+  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(*s.at(32 * part + i, line), s.before[i]);
   constexpr Format format = !tiles ? Format::packed : Source::both ? Format::left : Format::right;
   quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
 }
