@@ -193,11 +193,11 @@ template <class T> struct Matrix {
   __device__ void fill(Shared<T>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
     constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;           // 16 bytes a thread and step
     const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
-    uint4 q[STEPS];
-    UNROLL for (int i = 0; i < STEPS; i++) {                               // all reads are under way before the first is awaited
-      const bool inside = m0 + row + i * ROWS < M && k0 + at < K;
-      q[i] = inside ? *reinterpret_cast<const uint4*>(x + (m0 + row + i * ROWS) * K + k0 + at) : make_uint4(0, 0, 0, 0);
-    }
+    const T* from = x + (m0 + row) * K + k0 + at;
+    const int rows = k0 + at < K ? int(min(M - m0, int64_t(SIDE))) : 0;
+    uint4 q[STEPS] = {};
+    UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K)               // all reads are under way before the first is awaited
+      if (row + i * ROWS < rows) q[i] = *reinterpret_cast<const uint4*>(from);
     UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = q[i];
   }
 };
