@@ -10,86 +10,19 @@ An operand is packed, or FP8 tiles for the product of gemm_sm90.cu: nothing in b
 threads own 128 neighbouring values, so that they write a line of a tile together.
 
 What bounds these kernels is not memory alone but instructions: at 3 TB/s an H100 has time for about 35 a value. A rotation
-is five additions; to round, see `nearest`.
+is five additions; to round, see round.cuh.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
 */
-#include <cuda_fp16.h>
 #include <type_traits>
 #include "cuda.cuh"
 #include "ops.h"
+#include "round.cuh"
 #include "tiles.cuh"
 
 namespace {
 
 constexpr int THREADS = 256, TILE_THREADS = 4 * SIDE;                      // a thread a block of 32; so many in 128 x 128
-
-// ---- an element: w -> the nearest unit * E2M1, unit a power of two, |w| <= 6 units. With p the power of two below |w|, at
-// least the unit, the grid's neighbours of w are p/2 apart, and so are floats from 2^22 p on: one addition rounds, one takes
-// 2^22 p away again. To round stochastically, add a random part of p/2 and round towards zero
-__device__ float at_least(float w, float bound) {                          // the larger magnitude, with the sign of w
-#if __CUDA_ARCH__ >= 860
-  asm("max.xorsign.abs.f32 %0, %0, %1;" : "+f"(w) : "f"(bound));
-  return w;
-#else
-  return copysignf(fmaxf(fabsf(w), bound), w);
-#endif
-}
-
-__device__ float clip(float w, float bound) {
-#if __CUDA_ARCH__ >= 860
-  asm("min.xorsign.abs.f32 %0, %0, %1;" : "+f"(w) : "f"(bound));
-  return w;
-#else
-  return fminf(fmaxf(w, -bound), bound);
-#endif
-}
-
-__device__ float signed_as(float w, float r) { return float_of(bits_of(r) | (bits_of(w) & 0x80000000u)); }    // r = 0 has lost its sign
-
-// z = w does for p: 2^22 w is a multiple of p/2, an even one where w is a tie, and 2^22 w - w lies where floats are p/2 apart, or
-// p/4 if w is all but p. Below 1.5 units, where p is the unit, z is 1.5 units. The definition's result for each of the 2^32 w
-__device__ float nearest(float w, float unit) {
-  const float z = at_least(w, 1.5f * unit);
-  return __fmaf_rn(z, 0x1p22f, -__fmaf_rn(z, 0x1p22f, -w));
-}
-
-__device__ float stochastic(float w, float unit, uint32_t noise, int byte) {
-  const float one = float_of(__byte_perm(noise, 0x3F800000u, 0x7604 | byte << 4));       // 1 + noise / 2^15
-  const float part = __fmaf_rn(one, 64, -64 + 0x1p-10f);                                 // (noise + 1/2) / 512
-  const float p = float_of(bits_of(at_least(w, unit)) & 0xFF800000u);
-  return __fmaf_rn(p, -0x1p22f, __fmaf_rz(p, 0x1p22f, __fmaf_rz(p, part, w)));
-}
-
-// v * factor, rounded; a 0 has the right sign if it is to be a code, not if it is to be multiplied
-template <bool codes, bool random> __device__ void round_block(Vector& v, float factor, float unit, uint64_t seed, int64_t block) {
-  uint32_t noise[2][4];
-  if (random) philox(seed, 2 * block, noise[0]), philox(seed, 2 * block + 1, noise[1]);
-  UNROLL for (int i = 0; i < 32; i++) {
-    const float w = v[i][0] * factor;
-    const float r = random ? stochastic(w, unit, noise[i / 16][i / 4 % 4], i % 4) : nearest(w, unit);
-    v[i][0] = codes ? signed_as(w, r) : r;
-  }
-}
-
-// ---- 32 rounded values -> 16 bytes of codes. UNIT * E2M1 as FP16 has the code in bits 9 to 11, the sign in 15: the upper byte
-
-constexpr float UNIT = 0x1p-14f;
-
-__device__ uint32_t half2(float a, float b) { const __half2 h = __floats2half2_rn(a, b); uint32_t u; memcpy(&u, &h, 4); return u; }
-__device__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
-
-__device__ uint4 nibbles(const Vector& r) {
-  uint32_t word[4];
-  UNROLL for (int j = 0; j < 4; j++) {
-    const float(*v)[1] = r + 8 * j;
-    const uint32_t even = __byte_perm(half2(v[0][0], v[2][0]), half2(v[4][0], v[6][0]), 0x7531);
-    const uint32_t odd = __byte_perm(half2(v[1][0], v[3][0]), half2(v[5][0], v[7][0]), 0x7531);
-    const uint32_t low = select(0x07070707u, even >> 1, even >> 4), high = select(0x70707070u, odd << 3, odd);
-    word[j] = select(0x0F0F0F0Fu, low, high);
-  }
-  return make_uint4(word[0], word[1], word[2], word[3]);
-}
 
 // ---- the forward quantiser
 struct Packed { uint8_t *codes, *scales; int32_t* mask; };
@@ -116,7 +49,9 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ 
     unclipped = __funnelshift_l(bits_of(fabsf(w) - 6 * UNIT), unclipped, 1);               // the sign: |w| < 6
     v[i][0] = signed_as(w, nearest(clip(w, 6 * UNIT), UNIT));
   }
-  const uint4 q = ok ? nibbles(v) : make_uint4(0, 0, 0, 0);
+  Pairs h;
+  pairs(v, h);
+  const uint4 q = ok ? nibbles(h) : make_uint4(0, 0, 0, 0);
   if (inside) {
     reinterpret_cast<uint4*>(packed.codes)[block] = q;
     packed.scales[block] = ok ? e + 127 : 255;
@@ -161,6 +96,7 @@ enum class Format { packed, left, right };                                 // of
 template <Format format, bool random, class T>
 __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, const Operand& to, Shared<T>& s) {
   float m[1];
+  Pairs h;
   hadamard(v, m);
   const int line = threadIdx.x / 4, part = threadIdx.x % 4, e = absmax_exponent(m[0]);
   const bool ok = finite(m[0]), counts = ok && m[0] > 0;
@@ -168,14 +104,26 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
   if constexpr (format != Format::packed) {
     constexpr bool right = format == Format::right;
     const int scale = shared_scale<right>(counts ? e : NONE, s.tops);
-    round_block<false, random>(v, ok ? .75f * pow2(-scale) : float_of(0x7FC00000u), pow2(counts ? max(e - scale, -60) : 0), seed, block);
+    const float one = ok ? 1 : float_of(0x7FC00000u), factor = one * .75f * pow2(-scale), unit = pow2(counts ? max(e - scale, -60) : 0);
     uint32_t word[8];
-    UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]) ^ s.after[i];
+    if (random) {
+      stochastic(v, .75f * pow2(-e) * UNIT, seed, block, h);
+      UNROLL for (int i = 0; i < 8; i++) word[i] = __byte_perm(fp8x4<right>(h[2 * i], h[2 * i + 1], one * unit), 0, 0x3120);
+    } else {
+      UNROLL for (int i = 0; i < 32; i++) v[i][0] = nearest(v[i][0] * factor, unit);
+      UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
+    }
+    UNROLL for (int i = 0; i < 8; i++) word[i] ^= s.after[i];
     const int64_t tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
     store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else if (row + line < to.rows && column / 32 + part < to.blocks) {
-    round_block<true, random>(v, .75f * pow2(-e) * UNIT, UNIT, seed, block);
-    const uint4 q = nibbles(v);
+    const float factor = .75f * pow2(-e) * UNIT;
+    if (random) stochastic(v, factor, seed, block, h);
+    else {
+      UNROLL for (int i = 0; i < 32; i++) v[i][0] *= factor, v[i][0] = signed_as(v[i][0], nearest(v[i][0], UNIT));
+      pairs(v, h);
+    }
+    const uint4 q = nibbles(h);
     ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
     ((uint8_t*)to.scales)[block] = ok ? e + 127 : 255;
   }
