@@ -160,6 +160,7 @@ struct PackedMatrix {
     const int64_t block = ((m0 + row) * K + k0) / 32 + at;
     const uint4 q = inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0);
     const uint32_t word[4] = {q.x, q.y, q.z, q.w};
+    bfloat16* to = s.at(row, 32 * at);
     const __nv_bfloat162 scale = __float2bfloat162_rn(inside ? scale_of(scales[block]) : 0);
     UNROLL for (int j = 0; j < 4; j++) {
       const uint2 a = bfloats(word[j]), b = bfloats(word[j] >> 16);
@@ -168,7 +169,7 @@ struct PackedMatrix {
         __nv_bfloat162 two;
         memcpy(&two, &out[n], 4), two = __hmul2(two, scale), memcpy(&out[n], &two, 4);
       }
-      *reinterpret_cast<uint4*>(s.at(row, 32 * at + 8 * j)) = make_uint4(out[0], out[1], out[2], out[3]);
+      reinterpret_cast<uint4*>(to)[j] = make_uint4(out[0], out[1], out[2], out[3]);
     }
   }
 };
@@ -189,7 +190,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
     load(s.at(line, 32 * part), v, s.before);
     quantize<tiles ? Format::left : Format::packed, random>(v, m0, k0, seeds[0], rows, s);
   }
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(*s.at(32 * part + i, line), s.before[i]);
+  const T* column = s.at(32 * part, line);
+  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);
   constexpr Format format = !tiles ? Format::packed : Source::both ? Format::left : Format::right;
   quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
 }
