@@ -63,9 +63,8 @@ void absmax_blocks(Block<W>& v, Backward how, uint64_t seed, const Packed& to) {
   float m[W], factor[W];
   uint8_t code[32][W], scale[W], keep[W];
   if (!how.signs_after) flip(v, uint32_t(*how.signs));
-  hadamard(v);
+  hadamard(v, m);
   if (how.signs_after) flip(v, uint32_t(*how.signs));
-  largest(v, m);
   for (int w = 0; w < W; w++) {
     const int e = absmax_exponent(m[w]);
     factor[w] = .75f * pow2(-e), keep[w] = m[w] > 0 && finite(m[w]) ? 255 : 0, scale[w] = finite(m[w]) ? e + 127 : 255;

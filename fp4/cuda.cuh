@@ -9,28 +9,28 @@ A block of 32 on its way between memory and the registers of one thread.
 using namespace mxfp4;
 using Vector = Block<1>;                                                   // v[i][0]
 
-// ---- 32 values of memory <-> registers, 16 bytes at a time. `flip` has the sign bits to change: bits 15 and 31 of word
-// j are for values 2j and 2j + 1
+// ---- 32 values of memory <-> registers, 16 bytes at a time, with the sign of value i changed where bit 31 of flip[i], no other, is set
 
-__device__ inline void unpack(uint32_t pair, float& a, float& b) { a = float_of(pair << 16), b = float_of(pair & 0xFFFF0000u); }
+struct Same { __device__ uint32_t operator[](int) const { return 0; } };
 
-__device__ inline void load(const bfloat16* x, Vector& v, const uint32_t* flip = nullptr) {
+__device__ inline float flipped(float x, uint32_t sign) { return float_of(bits_of(x) ^ sign); }
+
+template <class Flip = Same> __device__ void load(const bfloat16* x, Vector& v, Flip flip = {}) {
   UNROLL for (int i = 0; i < 4; i++) {
-    uint4 q = reinterpret_cast<const uint4*>(x)[i];
-    if (flip) q.x ^= flip[4 * i], q.y ^= flip[4 * i + 1], q.z ^= flip[4 * i + 2], q.w ^= flip[4 * i + 3];
-    unpack(q.x, v[8 * i][0], v[8 * i + 1][0]), unpack(q.y, v[8 * i + 2][0], v[8 * i + 3][0]);
-    unpack(q.z, v[8 * i + 4][0], v[8 * i + 5][0]), unpack(q.w, v[8 * i + 6][0], v[8 * i + 7][0]);
+    const uint4 q = reinterpret_cast<const uint4*>(x)[i];
+    const uint32_t pair[4] = {q.x, q.y, q.z, q.w};
+    UNROLL for (int j = 0; j < 4; j++) {
+      const int n = 8 * i + 2 * j;
+      v[n][0] = float_of(pair[j] * 65536u + flip[n]), v[n + 1][0] = float_of((pair[j] & 0xFFFF0000u) ^ flip[n + 1]);
+    }
   }
 }
 
-__device__ inline float flipped(float x, uint32_t sign) { return float_of(bits_of(x) ^ (sign & 0x80000000u)); }
-
-__device__ inline void load(const float* x, Vector& v, const uint32_t* flip = nullptr) {
+template <class Flip = Same> __device__ void load(const float* x, Vector& v, Flip flip = {}) {
   UNROLL for (int i = 0; i < 8; i++) {
     const float4 q = reinterpret_cast<const float4*>(x)[i];
-    const uint32_t s[2] = {flip ? flip[2 * i] : 0, flip ? flip[2 * i + 1] : 0};
-    v[4 * i][0] = flipped(q.x, s[0] << 16), v[4 * i + 1][0] = flipped(q.y, s[0]);
-    v[4 * i + 2][0] = flipped(q.z, s[1] << 16), v[4 * i + 3][0] = flipped(q.w, s[1]);
+    v[4 * i][0] = flipped(q.x, flip[4 * i]), v[4 * i + 1][0] = flipped(q.y, flip[4 * i + 1]);
+    v[4 * i + 2][0] = flipped(q.z, flip[4 * i + 2]), v[4 * i + 3][0] = flipped(q.w, flip[4 * i + 3]);
   }
 }
 

@@ -49,17 +49,38 @@ template <int W> FN void flip(Block<W>& v, uint32_t signs) {               // bi
   }
 }
 
-template <int W> FN void hadamard(Block<W>& v) {
-  UNROLL for (int k = 0; k < 5; k++)
-    UNROLL for (int j = 0; j < 16; j++) {
-      const int h = 1 << k, i = j >> k << k + 1 | j & h - 1;               // the 16 pairs (i, i + h)
-      for (int w = 0; w < W; w++) {
-        const float a = v[i][w], b = v[i + h][w];
-        v[i][w] = a + b, v[i + h][w] = a - b;
-      }
+template <int W> FN void butterflies(Block<W>& v, int k) {                 // stage k: strides 2^k
+  UNROLL for (int j = 0; j < 16; j++) {
+    const int h = 1 << k, i = j >> k << k + 1 | j & h - 1;                 // the 16 pairs (i, i + h)
+    for (int w = 0; w < W; w++) {
+      const float a = v[i][w], b = v[i + h][w];
+      v[i][w] = a + b, v[i + h][w] = a - b;
     }
+  }
+}
+
+constexpr float H = 0.17677669529663687f;                                  // 32^-0.5
+
+template <int W> FN void hadamard(Block<W>& v) {
+  UNROLL for (int k = 0; k < 5; k++) butterflies(v, k);
   UNROLL for (int i = 0; i < 32; i++)
-    for (int w = 0; w < W; w++) v[i][w] *= 0.17677669529663687f;           // 32^-0.5
+    for (int w = 0; w < W; w++) v[i][w] *= H;
+}
+
+// the same, and m, the largest magnitude: that of a + b and a - b is |a| + |b|, rounding included. These are not negative, so that they
+// compare as integers, where NaN is larger than everything
+template <int W> FN void hadamard(Block<W>& v, float (&m)[W]) {
+  int32_t top[W] = {};
+  UNROLL for (int k = 0; k < 4; k++) butterflies(v, k);
+  UNROLL for (int i = 0; i < 16; i++)
+    for (int w = 0; w < W; w++) {
+      const int32_t sum = bits_of(fabsf(v[i][w]) + fabsf(v[i + 16][w]));
+      top[w] = sum > top[w] ? sum : top[w];
+    }
+  butterflies(v, 4);
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < W; w++) v[i][w] *= H;
+  for (int w = 0; w < W; w++) m[w] = float_of(top[w]) * H;
 }
 
 template <int W> FN void total(Block<W>& v) {                              // the sum ends in v[0]
@@ -85,25 +106,6 @@ template <int W> FN void quest(const Block<W>& v, float (&t)[W]) {
 FN int quest_exponent(float t, bool nearest) {
   const float mantissa = float_of((bits_of(t) & 0x7FFFFFu) | 0x3F800000u); // in [1, 2)
   return clamp_exponent(exponent(t) + (nearest && mantissa > 1.41421356f));
-}
-
-// the largest magnitude; NaN counts as larger than everything, which fmaxf would not do
-template <int W> FN void largest(const Block<W>& v, float (&m)[W]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
-  for (int w = 0; w < W; w++) {
-    m[w] = 0;                                                              // max(|m|, |v|) in one instruction, with some sign
-    UNROLL for (int i = 0; i < 32; i++) asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(m[w]) : "f"(v[i][w]));
-    m[w] = fabsf(m[w]);
-  }
-#else
-  uint32_t u[W] = {};                                                      // as integers
-  UNROLL for (int i = 0; i < 32; i++)
-    for (int w = 0; w < W; w++) {
-      const uint32_t a = bits_of(v[i][w]) & 0x7FFFFFFFu;
-      u[w] = a > u[w] ? a : u[w];
-    }
-  for (int w = 0; w < W; w++) m[w] = float_of(u[w]);
-#endif
 }
 
 FN int absmax_exponent(float m) { return m == 0 ? 0 : clamp_exponent(exponent(m) - 2); }

@@ -42,14 +42,11 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ 
   quest(v, t);
   const bool ok = finite(t[0]);
   const int e = quest_exponent(t[0], up);
-  const float factor = pow2(-e) * UNIT;
+  const float factor = pow2(-e) * ONE;
   uint32_t unclipped = 0;
-  UNROLL for (int i = 31; i >= 0; i--) {
-    const float w = v[i][0] * factor;
-    unclipped = __funnelshift_l(bits_of(fabsf(w) - 6 * UNIT), unclipped, 1);               // the sign: |w| < 6
-    v[i][0] = CONVERTS ? w : signed_as(w, nearest(clip(w, 6 * UNIT), UNIT));
-  }
-  const uint4 q = ok ? nibbles(v) : make_uint4(0, 0, 0, 0);
+  UNROLL for (int i = 31; i >= 0; i--)
+    unclipped = __funnelshift_l(bits_of(fabsf(v[i][0] * factor) - 6 * ONE), unclipped, 1);         // the sign: |w| < 6
+  const uint4 codes = nearest<true>(v, factor), q = ok ? codes : make_uint4(0, 0, 0, 0);
   if (inside) {
     reinterpret_cast<uint4*>(packed.codes)[block] = q;
     packed.scales[block] = ok ? e + 127 : 255;
@@ -71,7 +68,7 @@ template <class T> struct Shared {
   // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
   static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
   uint8_t x[SIDE * PITCH + 4 * SKEW];
-  uint32_t pair[16], row[32], after[8];                                    // sign bits, where each use wants them
+  uint32_t before[32], after[8];                                           // sign bits, where each use wants them
   int tops[TILE_THREADS / 32];
   __device__ T* at(int row, int column) {
     return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
@@ -81,8 +78,7 @@ template <class T> struct Shared {
 template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after, bool tiles, Shared<T>& s) {
   const int i = threadIdx.x;
   const auto bit = [=](bool wanted, int j) { return wanted ? signs >> j & 1 : 0; };
-  if (i < 16) s.pair[i] = bit(!signs_after, 2 * i) << 15 | bit(!signs_after, 2 * i + 1) << 31;
-  if (i < 32) s.row[i] = bit(!signs_after, i) << 31;
+  if (i < 32) s.before[i] = bit(!signs_after, i) << 31;
   if (i < 8) {                                                             // bit 7 of each byte, or bit 3 of each code
     uint32_t word = 0;
     for (int j = 0; j < (tiles ? 4 : 8); j++)
@@ -95,16 +91,24 @@ template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after
 template <Format format, bool random, class T>
 __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, const Operand& to, Shared<T>& s) {
   float m[1];
-  hadamard(v), largest(v, m);
+  Pairs h;
+  hadamard(v, m);
   const int line = threadIdx.x / 4, part = threadIdx.x % 4, e = absmax_exponent(m[0]);
   const bool ok = finite(m[0]), counts = ok && m[0] > 0;
   const int64_t block = (row + line) * to.blocks + column / 32 + part;
   if constexpr (format != Format::packed) {
     constexpr bool right = format == Format::right;
     const int scale = shared_scale<right>(counts ? e : NONE, s.tops);
-    round_block<false, random>(v, ok ? .75f * pow2(-scale) : float_of(0x7FC00000u), pow2(counts ? max(e - scale, -60) : 0), seed, block);
+    const float one = ok ? 1 : float_of(0x7FC00000u), factor = one * .75f * pow2(-scale), unit = pow2(counts ? max(e - scale, -60) : 0);
     uint32_t word[8];
-    UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]) ^ s.after[i];
+    if (random) {
+      stochastic(v, .75f * pow2(-e) * UNIT, seed, block, h);
+      UNROLL for (int i = 0; i < 8; i++) word[i] = __byte_perm(fp8x4<right>(h[2 * i], h[2 * i + 1], one * unit), 0, 0x3120);
+    } else {
+      UNROLL for (int i = 0; i < 32; i++) v[i][0] = nearest(v[i][0] * factor, unit);
+      UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
+    }
+    UNROLL for (int i = 0; i < 8; i++) word[i] ^= s.after[i];
     const int64_t tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
     store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else {
@@ -112,8 +116,8 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
     const int64_t place = to.scale_tiles ? tiled(row + line, column / 32 + part, to.blocks) : block;
     if (inside || to.scale_tiles) ((uint8_t*)to.scales)[place] = ok ? e + 127 : 255;       // the whole tile, of zeros beyond the matrix
     if (!inside) return;
-    round_block<true, random>(v, .75f * pow2(-e) * UNIT, UNIT, seed, block);
-    const uint4 q = nibbles(v);
+    if (random) stochastic(v, .75f * pow2(-e) * UNIT, seed, block, h);
+    const uint4 q = random ? nibbles(h) : nearest<false>(v, .75f * pow2(-e) * ONE);
     ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
   }
 }
@@ -130,11 +134,11 @@ template <class T> struct Matrix {
   __device__ void fill(Shared<T>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
     constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;           // 16 bytes a thread and step
     const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
-    uint4 q[STEPS];
-    UNROLL for (int i = 0; i < STEPS; i++) {                               // all reads are under way before the first is awaited
-      const bool inside = m0 + row + i * ROWS < M && k0 + at < K;
-      q[i] = inside ? *reinterpret_cast<const uint4*>(x + (m0 + row + i * ROWS) * K + k0 + at) : make_uint4(0, 0, 0, 0);
-    }
+    const T* from = x + (m0 + row) * K + k0 + at;
+    const int rows = k0 + at < K ? int(min(M - m0, int64_t(SIDE))) : 0;
+    uint4 q[STEPS] = {};
+    UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K)               // all reads are under way before the first is awaited
+      if (row + i * ROWS < rows) q[i] = *reinterpret_cast<const uint4*>(from);
     UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = q[i];
   }
 };
@@ -149,6 +153,7 @@ struct PackedMatrix {
     const int64_t block = ((m0 + row) * K + k0) / 32 + at;
     const uint4 q = inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0);
     const uint32_t word[4] = {q.x, q.y, q.z, q.w};
+    bfloat16* to = s.at(row, 32 * at);
     const __nv_bfloat162 scale = __float2bfloat162_rn(inside ? scale_of(scales[block]) : 0);
     UNROLL for (int j = 0; j < 4; j++) {
       const uint2 a = bfloats(word[j]), b = bfloats(word[j] >> 16);
@@ -157,7 +162,7 @@ struct PackedMatrix {
         __nv_bfloat162 two;
         memcpy(&two, &out[n], 4), two = __hmul2(two, scale), memcpy(&out[n], &two, 4);
       }
-      *reinterpret_cast<uint4*>(s.at(row, 32 * at + 8 * j)) = make_uint4(out[0], out[1], out[2], out[3]);
+      reinterpret_cast<uint4*>(to)[j] = make_uint4(out[0], out[1], out[2], out[3]);
     }
   }
 };
@@ -175,10 +180,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   __syncthreads();
   Vector v;
   if constexpr (Source::both) {
-    load(s.at(line, 32 * part), v, s.pair);
+    load(s.at(line, 32 * part), v, s.before);
     quantize<format, random>(v, m0, k0, seeds[0], rows, s);
   }
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(*s.at(32 * part + i, line), s.row[i]);
+  const T* column = s.at(32 * part, line);
+  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);
   quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
 }
 
