@@ -1,0 +1,156 @@
+"""
+The kernels that need no tensor core, run on a CPU (cuda_on_cpu.h): their bytes are the definition's before a GPU has seen them.
+What only a GPU shows is in test_kernels.py and test_gpu.py.
+"""
+import ctypes, glob, itertools, os, re, shutil, subprocess
+import pytest, torch
+from fp4 import reference
+from fp4.nvfp4 import swizzle
+from test_kernels import tiles_of
+
+FP4 = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "fp4")
+TOOLKIT = next((d for d in ("/usr/local/cuda", os.path.dirname(os.path.dirname(shutil.which("nvcc") or ""))) if os.path.exists(f"{d}/include/cuda_fp8.h")), None)
+pytestmark = pytest.mark.skipif(not TOOLKIT or not shutil.which("g++"), reason="no CUDA toolkit, whose headers this needs")
+PACKED, MXF4, LEFT, RIGHT = range(4)                           # Format in ops.h
+
+CALLS = '''
+extern "C" {
+void forward(void* x, bool bf16, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask, int format, void* values, void* tile_scales) {
+  if (format) quantize_forward_operand({x, bf16}, M, K, nearest, codes, scales, mask, Format(format), values, tile_scales, nullptr);
+  else cuda.quantize_forward({x, bf16}, M, K, nearest, codes, scales, mask, nullptr);
+}
+void backward(void* x, bool bf16, int64_t M, int64_t K, const int64_t* signs, const int64_t* seeds, bool stochastic, bool after, int format,
+              void* a, void* a_scales, void* t, void* t_scales) {
+  cuda.quantize_backward({x, bf16}, M, K, {signs, after, stochastic, Format(format)}, seeds, a, a_scales, t, t_scales, nullptr);
+}
+void packed(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, const int64_t* signs, const int64_t* seed, bool stochastic, bool after,
+            int format, void* t, void* t_scales) {
+  cuda.requantize(codes, scales, M, K, {signs, after, stochastic, Format(format)}, seed, t, t_scales, nullptr);
+}
+void values(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, void* x, bool bf16) { cuda.dequantize(codes, scales, M, K, {x, bf16}, nullptr); }
+void back(void* d, bool bf16, const int32_t* mask, int64_t M, int64_t K, void* x, bool to_bf16) { cuda.unrotate({d, bf16}, mask, M, K, {x, to_bf16}, nullptr); }
+void folded(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales) {
+  fold_tiles(codes, scales, M, K, right, values, tile_scales, nullptr);
+}
+void plain(const uint8_t* a, const uint8_t* as, const uint8_t* b, const uint8_t* bs, int64_t M, int64_t N, int64_t K, float alpha, void* out, bool bf16) {
+  gemm_plain(a, as, b, bs, M, N, K, alpha, {out, bf16}, nullptr);
+}
+}
+'''
+
+
+def translated(text):
+    """CUDA C++ -> C++"""
+    text = text.replace("extern __shared__ __align__(16) uint8_t memory[];", "uint8_t* memory = dynamic_shared;")
+    text = re.sub(r'asm\("cvt\.rz\.f16x2\.f32 .*?"=r"\((.*?)\) : "f"\((\w+)\), "f"\((\w+)\)\);', r"\1 = truncated_pair(\3, \2);", text)
+    kernel = r"(\(right \? [^()]*\)|\w*kernel(?:<(?:[^<>]|<[^<>]*>)*>)?)<<<(.*?)>>>\((.*?)\);"         # f<T><<<grid, ...>>>(arguments);
+    return re.sub(kernel, r"launch(\2, [=] { (\1)(\3); });", text, flags=re.S)
+
+
+def library(folder, mistake=None):
+    for path in glob.glob(os.path.join(FP4, "*.cu*")) + [os.path.join(FP4, "ops.h")]:
+        name, text = os.path.basename(path), open(path).read()
+        if mistake and name == mistake[0]:
+            assert text.count(mistake[1]) == 1, f"{name} has {text.count(mistake[1])} times {mistake[1]}"
+            text = text.replace(*mistake[1:])
+        (folder / name).write_text(translated(text))
+    files = []
+    for name in ("quantize", "unrotate", "fold", "gemm_plain"):
+        files.append(folder / f"{name}.cpp")
+        files[-1].write_text(f'#include "cuda_on_cpu.h"\n#include "{name}.cu"\n' + CALLS * (name == "quantize"))
+    subprocess.run(["g++", "-O1", "-std=c++20", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread", "-I", folder, "-I", os.path.dirname(__file__),
+                    "-I", f"{TOOLKIT}/include", "-o", folder / "kernels.so", *files], check=True)
+    return ctypes.CDLL(folder / "kernels.so")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory): return library(tmp_path_factory.mktemp("on_cpu"))
+
+
+def call(f, *args):
+    wrap = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), bool: ctypes.c_bool, float: ctypes.c_float}
+    f(*[wrap.get(type(a), ctypes.c_int64)(a) for a in args])
+
+
+def empty(M, K, format):
+    full, m, k = lambda *shape: torch.full(shape, 77, dtype=torch.uint8), -(-M // 128), -(-K // 128)
+    if format == PACKED: return full(M, K // 2), full(M, K // 32)
+    if format == MXF4: return full(M, K // 2), full(m * k * 512)
+    return full(m, k, 128 * 128), torch.full((m, k, 4 if format == RIGHT else 128), 77.)
+
+
+def same(got, packed, format):
+    """is an operand the packed one, in its format?"""
+    if format == PACKED: return all(map(torch.equal, got, packed))
+    if format == MXF4:
+        inside = swizzle(torch.ones_like(packed[1])) == 1
+        return torch.equal(got[0], packed[0]) and torch.equal(got[1][inside], swizzle(packed[1])[inside])
+    want = tiles_of(*packed, format == RIGHT)
+    a, b = (t.view(torch.float8_e5m2 if format == RIGHT else torch.float8_e4m3fn).float() + 0. for t in (got[0], want[0]))
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(9.), b.nan_to_num(9.)) and torch.equal(got[1], want[1])
+
+
+def tensor(M, K, dtype):
+    """blocks of all sizes, ties, zeros, NaN and Inf"""
+    g = torch.Generator().manual_seed(M)
+    x = torch.randn(M, K, generator=g) * torch.randint(-30, 30, (M, K // 32), generator=g).float().exp2().repeat_interleave(32, 1)
+    x[1, :32], x[2, -32:], x[3, :32], x[4, :32], x[5, :32] = torch.arange(32) / 4, 0, 1e-40, 3e38, 2. ** -120
+    x[M // 2, 3], x[M - 1, K - 1] = torch.nan, torch.inf
+    return x.to(dtype)
+
+
+def wrong(kernels, M, K, dtype):
+    """which calls did not give the definition's bytes"""
+    x, bf16, found = tensor(M, K, dtype), dtype == torch.bfloat16, []
+    for scale, format in itertools.product(("floor", "nearest"), (PACKED, MXF4, LEFT)):
+        codes, scales, mask = reference.quantize_forward(x, scale)
+        got, more = (torch.zeros_like(codes), torch.zeros_like(scales), torch.zeros_like(mask)), empty(M, K, format)
+        call(kernels.forward, x, bf16, M, K, scale == "nearest", *got, format, *more)
+        extra = {PACKED: True, MXF4: lambda: same((got[0], more[1]), (codes, scales), MXF4), LEFT: lambda: same(more, (codes, scales), LEFT)}[format]
+        if not (all(map(torch.equal, got, (codes, scales, mask))) and (extra is True or extra())): found.append(("forward", scale, format))
+    signs, seeds = reference.draw(x, x, 3)
+    codes, scales, _ = reference.quantize_forward(x, "floor")
+    for stochastic, after, fp8 in itertools.product((False, True), (False, True), (PACKED, MXF4, LEFT)):
+        rows, columns, turned = empty(M, K, fp8), empty(K, -(-M // 32) * 32, fp8), empty(K, -(-M // 32) * 32, right := RIGHT if fp8 == LEFT else fp8)
+        call(kernels.backward, x, bf16, M, K, signs, seeds, stochastic, after, fp8, *rows, *columns)
+        call(kernels.packed, codes, scales, M, K, signs, seeds[2:].clone(), stochastic, after, right, *turned)
+        want = reference.quantize_backward(x, signs, seeds[:2], stochastic, after, "packed")
+        if not (same(rows, want[:2], fp8) and same(columns, want[2:], fp8)): found.append(("backward", stochastic, after, fp8))
+        if not same(turned, reference.requantize(codes, scales, signs, seeds[2:], stochastic, after, "packed"), right): found.append(("packed", stochastic, after, right))
+    return found
+
+
+@pytest.mark.parametrize("M, K, dtype", [(33, 160, torch.bfloat16), (130, 96, torch.float32)])
+def test_the_quantisers_kernels_give_the_definitions_bytes(kernels, M, K, dtype): assert wrong(kernels, M, K, dtype) == []
+
+
+@pytest.mark.parametrize("M, K", [(33, 160), (130, 96)])
+def test_the_plain_kernels_give_the_definitions_bytes(kernels, M, K):
+    x = tensor(M, K, torch.float32)
+    codes, scales, mask = reference.quantize_forward(x, "floor")
+    for dtype in (torch.float32, torch.bfloat16):
+        out, bf16 = torch.zeros(M, K, dtype=dtype), dtype == torch.bfloat16
+        call(kernels.values, codes, scales, M, K, out, bf16)
+        assert torch.equal(out.nan_to_num(9.), reference.dequantize(codes, scales, dtype).nan_to_num(9.))
+        d = torch.randn(M, K).to(dtype)
+        call(kernels.back, d, bf16, mask, M, K, out, bf16)
+        assert torch.equal(out, reference.unrotate(d, mask, dtype))
+        for right in (False, True):
+            tiles = empty(M, K, RIGHT if right else LEFT)
+            call(kernels.folded, codes, scales, M, K, right, *tiles)
+            assert same(tiles, (codes, scales), RIGHT if right else LEFT)
+        a, b = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, 70))
+        product = torch.zeros(M, 70, dtype=dtype)
+        call(kernels.plain, *a, *b, M, 70, K, 16 / 9, product, bf16)
+        exact = reference.gemm(*a, *b, 16 / 9, torch.float32).double()
+        assert (product.double() - exact).abs().le(1e-5 * exact.abs().max() + 2 ** (-8 if bf16 else -23) * exact.abs()).all()
+
+
+@pytest.mark.parametrize("mistake", [
+    ("round.cuh", "1.5f * unit", "unit"),
+    ("quantize.cu", "s.before[i]);", "0);"),
+    ("mxfp4.cuh", "sum > top[w] ? sum : top[w]", "sum < top[w] ? sum : top[w]"),
+    ("tiles.cuh", "(line & 7)", "(line & 3)"),
+])
+def test_a_mistake_in_a_kernel_is_found(tmp_path, mistake):
+    assert wrong(library(tmp_path, mistake), 33, 160, torch.bfloat16)
