@@ -109,7 +109,7 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
       UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
     }
     UNROLL for (int i = 0; i < 8; i++) word[i] ^= s.after[i];
-    const int64_t tile = row / SIDE * ((to.blocks + 3) / 4) + column / SIDE;
+    const int64_t tile = row / SIDE * (unsigned(to.blocks + 3) / 4) + column / SIDE;
     store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else {
     const bool inside = row + line < to.rows && column / 32 + part < to.blocks;
