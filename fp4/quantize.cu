@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   if constexpr (Source::both) {
     load(s.at(line, 32 * part), v, s.before);
     quantize<format, random>(v, m0, k0, seeds[0], rows, s);
+    asm volatile("" ::: "memory");                                         // the signs are read again, not kept in registers
   }
   const T* column = s.at(32 * part, line);
   UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);

@@ -55,7 +55,12 @@ __device__ inline void stochastic(const Vector& v, float factor, uint64_t seed, 
   UNROLL for (int i = 0; i < 16; i++) {
     const uint32_t word = noise[i / 8][i / 2 % 4], twice = (i % 2 ? word >> 7 : word << 1) & 0x01FE01FEu;
     const float a = v[i / 2 * 4 + i % 2][0] * factor, b = v[i / 2 * 4 + i % 2 + 2][0] * factor;
+#if __CUDA_ARCH__ >= 800
     asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(h[i]) : "f"(b), "f"(a));
+#else
+    const __half truncated[2] = {__float2half_rz(a), __float2half_rz(b)};
+    memcpy(&h[i], truncated, 4);
+#endif
     h[i] = (h[i] + (twice | 0x00010001u)) & 0xFE00FE00u;
   }
 }

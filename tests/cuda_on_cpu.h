@@ -31,6 +31,7 @@ inline std::unique_ptr<std::barrier<>> block, warps[32];
 inline uint32_t slots[1024];
 
 inline void __syncthreads() { block->arrive_and_wait(); }
+inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 template <class T> T __shfl_xor_sync(unsigned, T x, int i) {
   std::barrier<>& warp = *warps[threadIdx.x / 32];
   memcpy(&slots[threadIdx.x], &x, 4), warp.arrive_and_wait();
@@ -49,11 +50,6 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
 }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) { return n &= 31, n ? high << n | low >> (32 - n) : high; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline uint32_t truncated_pair(float a, float b) {             // cvt.rz.f16x2.f32
-  const __half half[2] = {__float2half_rz(a), __float2half_rz(b)};
-  uint32_t pair;
-  return memcpy(&pair, half, 4), pair;
-}
 
 template <class Kernel> void launch(dim3 grid, int threads, int shared, cudaStream_t, Kernel kernel) {
   std::vector<uint8_t> memory(shared + 16);

@@ -42,7 +42,6 @@ void plain(const uint8_t* a, const uint8_t* as, const uint8_t* b, const uint8_t*
 def translated(text):
     """CUDA C++ -> C++"""
     text = text.replace("extern __shared__ __align__(16) uint8_t memory[];", "uint8_t* memory = dynamic_shared;")
-    text = re.sub(r'asm\("cvt\.rz\.f16x2\.f32 .*?"=r"\((.*?)\) : "f"\((\w+)\), "f"\((\w+)\)\);', r"\1 = truncated_pair(\3, \2);", text)
     kernel = r"(\(right \? [^()]*\)|\w*kernel(?:<(?:[^<>]|<[^<>]*>)*>)?)<<<(.*?)>>>\((.*?)\);"         # f<T><<<grid, ...>>>(arguments);
     return re.sub(kernel, r"launch(\2, [=] { (\1)(\3); });", text, flags=re.S)
 
