@@ -88,36 +88,25 @@ def same_tiles(got, want, right=False):
     same([a, got[1].cpu()], [b, want[1]])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_operands_in_fp8_tiles_are_the_packed_ones_exactly(x):
-    packed = reference.quantize_forward(x, "floor")[:2]
-    signs, seeds = reference.draw(x, x, 3)
-    on_gpu = lambda *tensors: [t.cuda() for t in tensors]
-    for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
-        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, "fp8"), reference.quantize_backward(x, signs, seeds[:2], *how)
-        same_tiles(got[:2], want[:2])
-        same_tiles(got[2:], want[2:])
-        same_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, "fp8"), reference.requantize(*packed, signs, seeds[2:], *how), True)
-
-
-def same_scale_tiles(got, want):
+def same_scale_tiles(got, want, right=False, zeros=127):
     "packed, but for the scales: those are in tiles, and beyond the matrix those of zeros"
     (codes, tiles), (want_codes, scales) = got, want
     same([codes.cpu(), unswizzle(tiles.cpu(), *scales.shape)], [want_codes, scales])
     padding = swizzle(torch.ones_like(scales)) == 0
-    assert tiles.numel() == padding.numel() and (tiles.cpu()[padding] == 127).all()
+    assert tiles.numel() == padding.numel() and (tiles.cpu()[padding] == zeros).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_operands_with_scales_in_tiles_are_the_packed_ones(x):
+@pytest.mark.parametrize("format, same_operand", [("fp8", same_tiles), ("mxf4", same_scale_tiles)])
+def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, format, same_operand):
     packed = reference.quantize_forward(x, "floor")[:2]
     signs, seeds = reference.draw(x, x, 3)
     on_gpu = lambda *tensors: [t.cuda() for t in tensors]
     for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
-        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, "mxf4"), reference.quantize_backward(x, signs, seeds[:2], *how)
-        same_scale_tiles(got[:2], want[:2])
-        same_scale_tiles(got[2:], want[2:])
-        same_scale_tiles(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, "mxf4"), reference.requantize(*packed, signs, seeds[2:], *how))
+        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, format), reference.quantize_backward(x, signs, seeds[:2], *how)
+        same_operand(got[:2], want[:2])
+        same_operand(got[2:], want[2:])
+        same_operand(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, format), reference.requantize(*packed, signs, seeds[2:], *how), True)
 
 
 PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
