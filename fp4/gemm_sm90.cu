@@ -17,7 +17,6 @@ kernel sums the parts, always in the same order.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c gemm_sm90.cu
 */
-#include <type_traits>
 #include "cuda.cuh"
 #include "ops.h"
 #include "tiles.cuh"

@@ -47,16 +47,14 @@ void quantize_forward_operand(Values x, int64_t M, int64_t K, bool nearest, uint
 void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // [M, K] packed
           uint8_t* fp8, float* row_scales, void* stream);                                             // [M, K], [M]
 void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream);
-void gemm_plain(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
-                float alpha, Values out, void* stream);           // any GPU: out [M, N] = alpha * a @ b.T
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K);
 void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
                const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not
                float* partial,                                // [splits, M, N] when splits > 1
                int splits, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
-// Blackwell only: gemm_sm100.cu and gemm_sm120.cu, swizzle.cu; scales in the tiles of scale_tiles.cuh
+using Gemm = void(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
+                  float alpha, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
+Gemm gemm_plain;                                              // any GPU, packed operands
+Gemm gemm_sm100, gemm_sm120;                                  // Blackwell, scales in the tiles of scale_tiles.cuh, which swizzle.cu makes
 void swizzle_scales(const uint8_t* scales, int64_t rows, int64_t blocks, uint8_t* out, void* stream);
-using GemmMxf4 = void(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
-                      float alpha, Values out, void* stream);     // out [M, N] = alpha * a @ b.T
-GemmMxf4 gemm_sm100, gemm_sm120;
 const char* launch_error();                                   // of the last launch, or nullptr
