@@ -1,6 +1,7 @@
 """Several runs side by side: the mean over their seeds, gaps to the first row, curves"""
 import itertools, statistics
 from typing import NamedTuple
+from fp4 import tables
 from scaling.logs import label
 
 
@@ -45,14 +46,10 @@ def text(rows, jobs):
         if row.val is not None: val = f"{val} {row.val:.4f}".strip()
         cells.append([row.run, str(row.seeds), val, gap, f"{row.tokens_per_s:,.0f}", row.memory or "n/a"])
     if not many: cells = [line[:1] + line[2:] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
-    lines = ["| " + " | ".join(line) + " |" for line in padded]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     notes = ["A gap is the mean over the seeds, of two runs with the same seed, ± its standard error; "
              "(noise): less than twice that."] * many
     notes += [f"tokens/s: of each of {jobs} runs that share the machine."] * (jobs > 1)
-    return "\n".join(lines + [""] * bool(notes) + notes)
+    return "\n".join([tables.table(cells[0], cells[1:])] + [""] * bool(notes) + notes)
 
 
 def curves(write, path, runs):

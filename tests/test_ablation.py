@@ -17,7 +17,7 @@ def small(monkeypatch): monkeypatch.setitem(quartet.SIZES, "tiny", (2, 64, 1, 2e
 
 def table(out):
     "the rows of a printed table, by the first cell"
-    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines() if line.startswith("| ")]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     return {line[0]: dict(zip(lines[0], line)) for line in lines[1:]}
 
 
