@@ -57,7 +57,7 @@ class Attention(nn.Module):
         super().__init__()
         self.H = H
         self.qkv = Linear(C, 3 * C, **how)
-        self.proj = Linear(C, C, **how)
+        self.proj = Linear(C, C, recompute=True, **how)                             # its input is attention's, which keeps it
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
@@ -71,7 +71,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = -(-int(8 * C / 3) // 256) * 256                                    # 8/3 C, up to a multiple of 256
         self.gate_up = Linear(C, 2 * hidden, **how)
-        self.proj = Linear(hidden, C, **how)
+        self.proj = Linear(hidden, C, recompute=True, **how)                        # its input comes from gate and up
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)

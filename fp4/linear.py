@@ -10,7 +10,8 @@ H and S are orthogonal along the axis that is summed over, so they cancel inside
 backward operands carry a factor 3/4 that keeps the largest value from clipping: alpha = 16/9 takes it out
 again. dx and dw arrive in the rotated basis of xq and wq: mask what clipped there, then rotate back.
 
-Saved for backward: xq and wq as they are, 4.25 bits a value and one mask bit; nothing in high precision.
+Saved for backward: xq and wq, 4.25 bits a value and one mask bit; nothing in high precision. With `recompute` not even
+xq: torch.compile makes x again from what others save, and it is quantised once more.
 """
 import torch
 import torch.nn as nn
@@ -27,16 +28,16 @@ class QuartetMatmul(torch.autograd.Function):
     """x [M, K], w [N, K] -> [M, N] in x's dtype. w is only where the gradient goes: its values are in packed_w"""
 
     @staticmethod
-    def forward(ctx, x, w, packed_w, recipe):
-        wc, ws, w_mask = packed_w
-        y, xc, xs, x_mask = ops.quantize_gemm(x, recipe.scale, wc, ws)
-        ctx.save_for_backward(xc, xs, x_mask, wc, ws, w_mask)
+    def forward(ctx, x, w, packed_w, recipe, recompute):
+        y, *packed_x = ops.quantize_gemm(x, recipe.scale, *packed_w[:2])
+        ctx.save_for_backward(*([x] if recompute and torch.compiler.is_compiling() else packed_x), *packed_w)
         ctx.recipe = recipe
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        xc, xs, x_mask, wc, ws, w_mask = ctx.saved_tensors
+        *x, wc, ws, w_mask = ctx.saved_tensors          # times 1, because torch.compile saves what an op of ours reads
+        xc, xs, x_mask = x if len(x) == 3 else ops.quantize_forward(x[0] * 1.0, ctx.recipe.scale)
         dy = dy.contiguous()
         if ctx.recipe.backward:
             how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after", operands(dy)
@@ -49,28 +50,27 @@ class QuartetMatmul(torch.autograd.Function):
         else:
             dx = ops.unrotate(dy @ ops.dequantize(wc, ws, dy.dtype), x_mask, dy.dtype)
             dw = ops.unrotate(dy.T @ ops.dequantize(xc, xs, dy.dtype), w_mask, torch.float32)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 class Linear(nn.Linear):
     """nn.Linear without bias whose products run as its recipe says; in- and out-features are multiples of 32 (fp8: 16).
-    The weight stays float32 for the optimizer. Linear(640, 1792, "fp4", scale="nearest")"""
+    The weight stays float32 for the optimizer; recompute: see above. Linear(640, 1792, "fp4", scale="nearest")"""
 
-    def __init__(self, n_in, n_out, precision, **axes):
-        self.recipe = recipe(precision, **axes)
+    def __init__(self, n_in, n_out, precision, recompute=False, **axes):
+        self.recipe, self.recompute = recipe(precision, **axes), recompute
         for name, n in (("in", n_in), ("out", n_out)):
             if n % self.recipe.multiple:
                 raise ValueError(f"{precision}: {name}-features must be a multiple of {self.recipe.multiple}, got {n}")
         self.kernels = self.recipe.kernels                      # once, not in the compiled graph
-        if self.kernels:
-            build()                                             # the kernels, at their first use
+        if self.kernels: build()                                # the kernels, at their first use
         super().__init__(n_in, n_out, bias=False)
         self.packed = self.version = None
 
     def forward(self, x):
         if not self.recipe.quantised: return F.linear(x, self.weight.to(x.dtype))
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if self.kernels: y = QuartetMatmul.apply(rows, self.weight, self.packed_weight(), self.recipe)
+        if self.kernels: y = QuartetMatmul.apply(rows, self.weight, self.packed_weight(), self.recipe, self.recompute)
         else:            y = emulated.Matmul.apply(rows, self.weight, self.recipe)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -130,6 +130,24 @@ def test_layers_compiled_together_draw_their_own_signs_in_the_order_of_eager():
     for a, b in zip(*grads): assert torch.equal(a, b)
 
 
+def test_a_compiled_model_saves_no_input_that_it_can_compute_again_and_has_the_same_gradients():
+    def saved_and_gradients(recompute):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        layer, sizes = fp4.Linear(96, 64, "fp4", recompute=recompute), []
+        a, b, dy = torch.randn(40, 96).requires_grad_(), torch.randn(40, 96).requires_grad_(), torch.randn(40, 64)
+        run = torch.compile(lambda a, b: layer(torch.nn.functional.silu(a) * b), fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.dtype, t.shape)) or t, lambda t: t):
+            y = run(a, b)
+        y.backward(dy)
+        return sizes, [y, a.grad, b.grad, layer.weight.grad]
+    (kept, before), (fewer, after) = saved_and_gradients(False), saved_and_gradients(True)
+    x_codes, x_itself = (torch.uint8, (40, 48)), (torch.float32, (40, 96))
+    assert x_codes in kept and x_codes not in fewer
+    assert kept.count(x_itself) == fewer.count(x_itself) == 2           # a and b
+    for x, y in zip(before, after): assert torch.equal(x, y)
+
+
 def test_a_weight_is_quantised_once_per_optimizer_step_not_per_microbatch(monkeypatch):
     layer, x, dy = layer_and_input()
     optimizer = torch.optim.SGD(layer.parameters(), lr=.1)
