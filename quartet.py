@@ -309,31 +309,31 @@ def sample(model, data_folder, text, cfg):
     return encoding.decode([i for i in ids if i < encoding.n_vocab])
 
 
-def main(argv):
-    asked = parse(argv)
+def runs(asked):
+    """the settings of each run that the command line means, seed by seed"""
     check(asked.seeds > 0 and asked.jobs > 0, f"seeds and jobs must be 1 or more, got {asked.seeds} and {asked.jobs}")
     rows = dataclasses.replace(asked, precision=",".join(fp4.RECIPES)) if asked.precision == "all" else asked
     choices = [[v.strip() for v in getattr(rows, axis).split(",")] for axis in AXES]
     many = asked.seeds > 1 or max(map(len, choices)) > 1
-    configs = []
-    for seed in range(asked.seed, asked.seed + asked.seeds):
-        for values in itertools.product(*choices):
-            cfg = dataclasses.replace(asked, seed=seed, seeds=1, **dict(zip(AXES, values)))
-            name = f"{asked.name}-{logs.label(vars(cfg))}" if asked.name and many else asked.name
-            configs.append(complete(dataclasses.replace(cfg, name=name)))
+    for seed, *values in itertools.product(range(asked.seed, asked.seed + asked.seeds), *choices):
+        cfg = dataclasses.replace(asked, seed=seed, seeds=1, **dict(zip(AXES, values)))
+        name = f"{asked.name}-{logs.label(vars(cfg))}" if asked.name and many else asked.name
+        yield complete(dataclasses.replace(cfg, name=name))
+
+
+def main(argv):
+    asked = parse(argv)
+    configs = [*dict.fromkeys(runs(asked))]
     if asked.sample: return print(sample_from_checkpoint(configs[0]))
-    if not many: return train(configs[0])
-    if asked.jobs > 1: corpus(configs[0]), fp4.build()          # once, not in each process
+    if len(configs) == 1: return train(configs[0])
     name = asked.name or f"{configs[0].size}-{logs.label(vars(asked))}".replace(",", "-")[:100]
-    failed = ablation.compare([*dict.fromkeys(configs)], os.path.join(asked.out, name), train, write, FREE, sys.argv[0])
-    check(not failed, f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: "
-                      + "; ".join(f"{os.path.join(asked.out, name, 'log.txt')}: {said}" for name, said in failed.items()))
+    ablation.compare(configs, os.path.join(asked.out, name), train, write, FREE, sys.argv[0])
 
 
-def cli(argv):
+def cli(argv, main=main):
     """main, with everything a user can mend said in one sentence; returns the exit code"""
     try: main(argv)
-    except (Stop, tokens.DataError, OSError) as error:          # OSError: the log's disk is full, say
+    except (Stop, ablation.Failed, tokens.DataError, OSError) as error:         # OSError: the log's disk is full, say
         print(f"quartet: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

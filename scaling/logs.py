@@ -26,10 +26,26 @@ class Run(NamedTuple):
     diverged = property(lambda self: self.broken or not self.vals[-1] <= self.vals[0])      # NaN, or higher than at first
 
 
-def read(path):
+def read(path): return parse(open(path).read())
+
+
+def split(text):
+    """the logs of a file of several, one after the other"""
+    return ["# commit" + part for part in text.split("# commit")[1:]]
+
+
+def thin(text):
+    """what is worth keeping of a log: its head and end, and of its steps the evaluated and the last"""
+    lines = text.splitlines()
+    last = max(i for i, line in enumerate(lines) if not line.startswith("#"))
+    kept = [line for i, line in enumerate(lines) if line.startswith("#") or i == last or line.split(",")[2]]
+    return "".join(line + "\n" for line in kept)
+
+
+def parse(text):
     """a ValueError says in a sentence what is wrong"""
     try:
-        lines = open(path).read().splitlines()
+        lines = text.splitlines()
         said = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
         rows = csv.DictReader(line for line in lines if not line.startswith("#"))
         rows = [row for row in rows if row["mfu"]]              # without: the line was cut off

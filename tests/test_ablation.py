@@ -1,11 +1,11 @@
 """Facts about many runs side by side: what is trained, what is kept, and what the table says."""
-import ast, csv, dataclasses, math, os, signal, statistics, subprocess, sys, time
+import csv, dataclasses, math, os, signal, statistics, subprocess, sys, time
 import pytest, torch
 import fp4, quartet
 from data import prepare
-from fp4 import emulated, tables
+from fp4 import emulated
 from model import Llama
-from scaling import ablation, logs, table as side
+from scaling import ablation, logs, study, table as side
 from test_train import ROOT, corpus, log, run                   # fixtures and a reader
 
 FEW = "--steps", 4, "--eval_every", 2, "--sample_tokens", 0
@@ -66,23 +66,40 @@ def test_one_seed_gives_a_gap_without_a_spread_and_shared_machines_are_said(tmp_
 
 def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tables, "README", str(tmp_path / "README.md"))
-    monkeypatch.setattr(ablation, "PICTURE", str(tmp_path / "picture.svg"))
+    for name, file in dict(README="README.md", PICTURE="picture.svg", RUNS="runs.csv").items(): monkeypatch.setattr(study, name, str(tmp_path / file))
     (tmp_path / "README.md").write_text("before\n<!-- ablation -->\nold\n<!-- /ablation -->\nafter")
     for p, v in (("quartet2", 5.1), ("bf16", 5), ("fp4", 5.25)):
         for s in range(2): written(tmp_path / "study", [6, v + .1 * s], precision=p, seed=s)
     found = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
     os.rename(tmp_path / "study" / "tiny-fp4-seed1", tmp_path / "study" / "tiny-fp4-seed1.1")       # set aside: not of this study
     found = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
-    assert ablation.main(found) == 0
+    assert quartet.cli(found, study.main) == 0
     text = (tmp_path / "README.md").read_text()
     assert [*table(text)] == ["bf16", "fp4", "quartet2"] and table(text)["fp4"]["seeds"] == "1" and (tmp_path / "picture.svg").exists()
     assert "old" not in text and text.startswith("before") and "`stdlib`, 4,096 in the vocabulary; CPU, torch" in text and "2026-01-02" in text
     assert [row["run"] for row in csv.DictReader(open(tmp_path / "out" / "ablation.csv"))] == ["bf16", "fp4", "quartet2"]
     written(tmp_path / "study", [6, 5], precision="fp4-sr", seq=128)
     capsys.readouterr()
-    assert ablation.main([*found, str(tmp_path / "study" / "tiny-fp4-sr" / "log.csv")]) == 2
-    assert capsys.readouterr().err == "ablation: these runs differ in --seq: 128, 256\n" and (tmp_path / "README.md").read_text() == text
+    assert quartet.cli([*found, str(tmp_path / "study" / "tiny-fp4-sr" / "log.csv")], study.main) == 2
+    assert capsys.readouterr().err == "quartet: these runs differ in --seq: 128, 256\n" and (tmp_path / "README.md").read_text() == text
+
+
+def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file in dict(README="README.md", PICTURE="picture.svg", RUNS="runs.csv").items(): monkeypatch.setattr(study, name, str(tmp_path / file))
+    (tmp_path / "README.md").write_text("<!-- ablation -->\n<!-- /ablation -->")
+    for p, v in (("bf16", 5), ("fp4", math.nan)): written(tmp_path / "study", [6, v], precision=p)
+    assert quartet.cli(sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv")), study.main) == 0
+    text, kept = (tmp_path / "README.md").read_text(), (tmp_path / "runs.csv").read_text()
+    assert table(text)["fp4"]["val loss"] == "diverged"
+    assert len(kept.splitlines()) == 2 * (4 + 1 + 2 + 1)        # head, names of the columns, two evaluations, end
+    assert quartet.cli(["runs.csv"], study.main) == 0
+    again = table((tmp_path / "README.md").read_text())
+    for name, row in table(text).items(): assert {**row, "tokens/s": ""} == {**again[name], "tokens/s": ""}       # that is a median
+    written(tmp_path / "more", [6, 4], precision="fp4-sr")
+    assert quartet.cli(["runs.csv", "more/tiny-fp4-sr/log.csv"], study.main) == 0
+    assert [*table((tmp_path / "README.md").read_text())] == ["bf16", "fp4", "fp4-sr"]
+    assert (tmp_path / "runs.csv").read_text().startswith(kept)
 
 
 # ---- what is trained and what is kept
@@ -253,16 +270,13 @@ def test_a_bad_setting_is_one_sentence(args, words, tmp_path, capsys):
     assert len(said) == 1 and said[0].startswith("quartet: ") and words in said[0] and not (tmp_path / "out").exists()
 
 
-def test_the_ablation_imports_the_trainer_only_where_it_is_the_command():
-    tree = ast.parse(open(os.path.join(ROOT, "scaling", "ablation.py")).read())
-    top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
-    assert "quartet" not in top and "torch" in top
-
-
 def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(ablation, "compare", lambda configs, *_: asked.extend(configs) or {})
-    monkeypatch.setattr(quartet, "corpus", lambda cfg: None)
-    for what in ablation.WHAT: quartet.main([*what, *ablation.STUDY, "--device", "cpu"])
+    class Asked(Exception): pass
+    def compare(configs, *_): asked.extend(configs); raise Asked
+    monkeypatch.setattr(study, "compare", compare)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Asked): study.main(["--device", "cpu"])
+    assert [cfg.seed for cfg in asked] == sorted(cfg.seed for cfg in asked)
     assert len(asked) == len(set(asked)) == 5 * (len(fp4.RECIPES) + 1 + 4 + 2)
     assert len({cfg.name for cfg in asked}) == len(asked) and {cfg.tokens_per_param for cfg in asked} == {25}
