@@ -21,6 +21,7 @@ kernel sums the parts, always in the same order.
 #include "ops.h"
 #include "tiles.cuh"
 #include "tma.cuh"
+#include "wgmma.cuh"
 
 namespace {
 
@@ -34,43 +35,6 @@ struct Shared {
   uint64_t full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "the shared memory a block can have on sm_90");
-
-// ---- instructions that have no name in CUDA C++
-
-__device__ uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
-// tells both blocks of the cluster
-__device__ void arrive(uint64_t* barrier) {
-  UNROLL for (int rank = 0; rank < 2; rank++)
-    asm volatile("{ .reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(address(barrier)), "r"(rank) : "memory");
-}
-
-__device__ int cluster_rank() { int rank; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)); return rank; }
-__device__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\n"
-               "barrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// how wgmma finds a swizzled tile: address / 16 (and, constant, 1024 bytes from one group of 8 rows to the next, 128-byte swizzle)
-__device__ uint32_t descriptor(const void* p) { return address(p) >> 4 | 1 << 16; }
-
-// c [64 x 128] (+)= a [64 x 32] b [128 x 32].T, by the 128 threads of a warpgroup: thread t has row 16 (t / 32) + t % 32 / 4
-// and the row 8 below, columns 8 j + 2 (t % 4) and the next: c[4 j .. 4 j + 3]
-template <bool add> __device__ void wgmma(float (&c)[64], uint32_t a, uint32_t b) {
-#define C(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-  asm volatile("{ .reg .b64 a, b;\n"
-               "mov.b64 a, {%64, 0x40000040};\n"
-               "mov.b64 b, {%65, 0x40000040};\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e5m2 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "
-               "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-               "a, b, %66, 1, 1; }"
-               : C(0), C(8), C(16), C(24), C(32), C(40), C(48), C(56) : "r"(a), "r"(b), "n"(int(add)));
-#undef C
-}
 
 // ---- which tile
 
@@ -96,18 +60,18 @@ template <class T>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ Problem p, T* out) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), t = threadIdx.x % 128, rank = cluster_rank(), clusters = gridDim.x / 2;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), t = threadIdx.x % 128, rank = cluster::rank(), clusters = gridDim.x / 2;
   const int all = p.rows * p.columns * p.splits;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) tma::init(address(&s.full[i]), 1), tma::init(address(&s.empty[i]), 16);
     tma::init_done();
   }
-  cluster_sync();
+  cluster::sync();
   int stage = 0, phase = 0;
   const auto next = [&] { if (++stage == STAGES) stage = 0, phase ^= 1; };
 
   if (group == 0) {                                                       // ---- copies
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    wgmma::fewer_registers();
     if (t == 0)
       for (int i = blockIdx.x / 2; i < all; i += clusters) {
         const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
@@ -124,13 +88,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         }
       }
     __syncwarp();
-    cluster_sync();                                                       // the other block may still write here
+    cluster::sync();                                                       // the other block may still write here
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");                   // ---- products
+  wgmma::more_registers();                                                // ---- products
   const int half = group - 1, lane = t % 32, row = t / 32 * 16 + lane / 4;
-  const uint32_t a_first = descriptor(s.a[0][half]), b_first = descriptor(s.b[0]);
+  const uint32_t a_first = wgmma::descriptor(s.a[0][half]), b_first = wgmma::descriptor(s.b[0]);
   float(*staged)[2][PITCH] = s.out[t / 32 + 4 * half];
   for (int i = blockIdx.x / 2; i < all; i += clusters) {
     const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
@@ -149,23 +113,20 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
       UNROLL for (int h = 0; h < 2; h++) {                                // rows 0 .. 63, then 64 .. 127
         float part[64], scale[2][4];                                      // scale: of two rows and of 4 times 32 columns
         UNROLL for (int j = 0; j < 8; j++) scale[j / 4][j % 4] = s.a_scales[now][half][64 * h + row + j / 4 * 8] * s.b_scales[now][j % 4];
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        wgmma<false>(part, a + (h * 64 * SIDE >> 4), b);
-        UNROLL for (int j = 1; j < 4; j++) wgmma<true>(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4));
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        wgmma::begin();
+        wgmma::multiply<false>(part, a + (h * 64 * SIDE >> 4), b);
+        UNROLL for (int j = 1; j < 4; j++) wgmma::multiply<true>(part, a + (h * 64 * SIDE + 32 * j >> 4), b + (32 * j >> 4));
+        wgmma::commit();
         if (h == 1) {
           next();
           if (k + 1 < w.last) tma::wait(address(&s.full[stage]), phase);                // what comes next, while the products run
         }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        wgmma::wait(part);
         if (h == 1) {
           __syncwarp();                                                   // the scales have been read, too
-          if (lane == 0) arrive(&s.empty[now]);
+          if (lane == 0) cluster::arrive(address(&s.empty[now]));
         }
-        UNROLL for (int j = 0; j < 64; j++) {
-          asm volatile("" : "+f"(part[j]));                               // not before the wait
-          sum[h][j] = __fmaf_rn(part[j], scale[j / 2 % 2][j / 16], sum[h][j]);
-        }
+        UNROLL for (int j = 0; j < 64; j++) sum[h][j] = __fmaf_rn(part[j], scale[j / 2 % 2][j / 16], sum[h][j]);
       }
     }
     UNROLL for (int h = 0; h < 2; h++)                                    // ---- a warp: 16 rows of output, 64 columns at a time
@@ -191,7 +152,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         __syncwarp();
       }
   }
-  cluster_sync();
+  cluster::sync();
 }
 
 template <class T>
