@@ -1,5 +1,5 @@
 /*
-Enough of CUDA to run our kernels on a CPU, slowly: one CUDA block after the other, a thread of the system a CUDA thread.
+Enough of CUDA to run our kernels on a CPU, slowly: one cluster of blocks after the other, a thread of the system a CUDA thread.
 test_cuda_on_cpu.py puts this before a .cu and turns each launch into a call of launch(). PTX is not known here: of
 #if __CUDA_ARCH__ the plain branch runs.
 */
@@ -24,18 +24,21 @@ test_cuda_on_cpu.py puts this before a .cu and turns each launch into a call of 
 
 using std::max, std::min;
 struct Index { unsigned x, y, z; };
-inline thread_local Index threadIdx;
-inline Index blockIdx, gridDim;
-inline uint8_t* dynamic_shared;
-inline std::unique_ptr<std::barrier<>> block, warps[32];
-inline uint32_t slots[1024];
+inline Index gridDim;
+inline thread_local Index threadIdx, blockIdx;
+inline thread_local int in_cluster;                            // which of its blocks
+inline thread_local uint8_t* dynamic_shared;
+inline int cluster_size = 1;
+inline uint8_t* shared_of[2];
+inline std::unique_ptr<std::barrier<>> all_blocks, blocks[2], warps[64];
+inline uint32_t slots[2048];
 
-inline void __syncthreads() { block->arrive_and_wait(); }
-inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
+inline int me() { return 1024 * in_cluster + threadIdx.x; }
+inline void __syncthreads() { blocks[in_cluster]->arrive_and_wait(); }
+inline void __syncwarp() { warps[me() / 32]->arrive_and_wait(); }
 template <class T> T __shfl_xor_sync(unsigned, T x, int i) {
-  std::barrier<>& warp = *warps[threadIdx.x / 32];
-  memcpy(&slots[threadIdx.x], &x, 4), warp.arrive_and_wait();
-  memcpy(&x, &slots[threadIdx.x ^ i], 4), warp.arrive_and_wait();
+  memcpy(&slots[me()], &x, 4), __syncwarp();
+  memcpy(&x, &slots[me() ^ i], 4), __syncwarp();
   return x;
 }
 
@@ -52,14 +55,21 @@ inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) { return n &
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
 template <class Kernel> void launch(dim3 grid, int threads, int shared, cudaStream_t, Kernel kernel) {
-  std::vector<uint8_t> memory(shared + 16);
-  dynamic_shared = memory.data() + -uintptr_t(memory.data()) % 16;
+  std::vector<uint8_t> memory(cluster_size * (shared + 1024) + 1024);
+  for (int rank = 0; rank < cluster_size; rank++) shared_of[rank] = memory.data() + -uintptr_t(memory.data()) % 1024 + rank * (shared + 1023) / 1024 * 1024;
   gridDim = {grid.x, grid.y, 1};
   for (unsigned y = 0; y < grid.y; y++)
-    for (unsigned x = 0; x < grid.x; x++) {
-      blockIdx = {x, y, 0}, block = std::make_unique<std::barrier<>>(threads);
-      for (int w = 0; w < threads / 32; w++) warps[w] = std::make_unique<std::barrier<>>(32);
+    for (unsigned x = 0; x < grid.x; x += cluster_size) {
+      all_blocks = std::make_unique<std::barrier<>>(cluster_size * threads);
       std::vector<std::jthread> all;
-      for (int t = 0; t < threads; t++) all.emplace_back([=] { threadIdx = {unsigned(t), 0, 0}, kernel(), block->arrive_and_drop(); });
+      for (int rank = 0; rank < cluster_size; rank++) {
+        blocks[rank] = std::make_unique<std::barrier<>>(threads);
+        for (int w = 0; w < threads / 32; w++) warps[32 * rank + w] = std::make_unique<std::barrier<>>(32);
+      }
+      for (int rank = 0; rank < cluster_size; rank++)
+        for (int t = 0; t < threads; t++) all.emplace_back([=] {
+          threadIdx = {unsigned(t), 0, 0}, blockIdx = {x + rank, y, 0}, in_cluster = rank, dynamic_shared = shared_of[rank];
+          kernel(), blocks[rank]->arrive_and_drop();
+        });
     }
 }

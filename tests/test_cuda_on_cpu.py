@@ -1,6 +1,6 @@
 """
-The kernels that need no tensor core, run on a CPU (cuda_on_cpu.h): their bytes are the definition's before a GPU has seen them.
-What only a GPU shows is in test_kernels.py and test_gpu.py.
+Kernels run on a CPU (cuda_on_cpu.h), Hopper's product with its instructions modelled (sm90_on_cpu.h): their bytes are the
+definition's before a GPU has seen them. What only a GPU shows is in test_kernels.py and test_gpu.py.
 """
 import ctypes, glob, itertools, os, re, shutil, subprocess
 import pytest, torch
@@ -40,9 +40,19 @@ void plain(const uint8_t* a, const uint8_t* as, const uint8_t* b, const uint8_t*
 
 def translated(text):
     """CUDA C++ -> C++"""
-    text = text.replace("extern __shared__ __align__(16) uint8_t memory[];", "uint8_t* memory = dynamic_shared;")
+    text = re.sub(r"extern __shared__ __align__\(\d+\) uint8_t memory\[\];", "uint8_t* memory = dynamic_shared;", text)
     kernel = r"(\(right \? [^()]*\)|\w*kernel(?:<(?:[^<>]|<[^<>]*>)*>)?)<<<(.*?)>>>\((.*?)\);"         # f<T><<<grid, ...>>>(arguments);
     return re.sub(kernel, r"launch(\2, [=] { (\1)(\3); });", text, flags=re.S)
+
+
+HOPPER = '''
+extern "C" void hopper(const uint8_t* a, const float* as, const uint8_t* b, const float* bs, int64_t M, int64_t N, int64_t K, float alpha, const int32_t* mask,
+                       float* partial, int64_t splits, void* out, bool bf16) {
+  cluster_size = 2;
+  gemm_sm90(a, as, b, bs, M, N, K, alpha, mask, partial, int(splits), {out, bf16}, nullptr);
+  cluster_size = 1;
+}
+'''
 
 
 def library(folder, mistake=None):
@@ -52,10 +62,11 @@ def library(folder, mistake=None):
             assert text.count(mistake[1]) == 1, f"{name} has {text.count(mistake[1])} times {mistake[1]}"
             text = text.replace(*mistake[1:])
         (folder / name).write_text(translated(text))
+    for name in ("tma.cuh", "wgmma.cuh"): (folder / name).write_text('#include "sm90_on_cpu.h"\n')
     files = []
-    for name in ("quantize", "unrotate", "fold", "gemm_plain"):
+    for name in ("quantize", "unrotate", "fold", "gemm_plain", "gemm_sm90"):
         files.append(folder / f"{name}.cpp")
-        files[-1].write_text(f'#include "cuda_on_cpu.h"\n#include "{name}.cu"\n' + CALLS * (name == "quantize"))
+        files[-1].write_text(f'#include "cuda_on_cpu.h"\n#include "{name}.cu"\n' + CALLS * (name == "quantize") + HOPPER * (name == "gemm_sm90"))
     subprocess.run(["g++", "-O1", "-std=c++20", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread", "-I", folder, "-I", os.path.dirname(__file__),
                     "-I", f"{TOOLKIT}/include", "-o", folder / "kernels.so", *files], check=True)
     return ctypes.CDLL(folder / "kernels.so")
@@ -66,7 +77,7 @@ def kernels(tmp_path_factory): return library(tmp_path_factory.mktemp("on_cpu"))
 
 
 def call(f, *args):
-    wrap = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), bool: ctypes.c_bool, float: ctypes.c_float}
+    wrap = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), bool: ctypes.c_bool, float: ctypes.c_float, type(None): ctypes.c_void_p}
     f(*[wrap.get(type(a), ctypes.c_int64)(a) for a in args])
 
 
@@ -143,6 +154,29 @@ def test_the_plain_kernels_give_the_definitions_bytes(kernels, M, K):
         assert (product.double() - exact).abs().le(1e-5 * exact.abs().max() + 2 ** (-8 if bf16 else -23) * exact.abs()).all()
 
 
+def product_is_right(kernels, M, N, K, dtype, masked, splits):
+    """Hopper's, against an FP64 sum of the operands' exact values"""
+    torch.manual_seed(K)
+    sizes = torch.randint(-6, 6, (N // 32, 1)).float().exp2().repeat_interleave(32, 0)         # of columns that are rotated together
+    a, b = (reference.quantize_forward(x, "floor")[:2] for x in (torch.randn(M, K), torch.randn(N, K) * sizes))
+    bf16 = dtype == torch.bfloat16
+    tiles = [empty(rows, K, format) for rows, format in ((M, LEFT), (N, RIGHT))]
+    for packed, rows, (values, scales), right in ((a, M, tiles[0], False), (b, N, tiles[1], True)): call(kernels.folded, *packed, rows, K, right, values, scales)
+    mask = torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int() if masked else None
+    out, partial = torch.full((M + 1, N), 77., dtype=dtype), torch.zeros(splits, M, N)
+    call(kernels.hopper, *tiles[0], *tiles[1], M, N, K, 16 / 9, mask, partial, splits, out, bf16)
+    exact = reference.gemm(*a, *b, 16 / 9, torch.float32)
+    exact = (reference.unrotate(exact, mask, torch.float32) if masked else exact).double()
+    return (out[:M] - exact).abs().le(1e-5 * sizes.T * (exact / sizes.T).abs().max() + 2 ** (-8 if bf16 else -23) * exact.abs()).all() and (out[M] == 77).all()
+
+
+@pytest.mark.parametrize("M, N, K, dtype, masked, splits", [
+    (300, 416, 160, torch.bfloat16, True, 1), (40, 544, 1024, torch.float32, True, 2), (130, 96, 32, torch.bfloat16, False, 1),
+    (270, 1120, 288, torch.float32, True, 1)])                  # more tiles than clusters; in the others one cluster waits
+def test_hoppers_product_is_the_exact_one_rounded_once(kernels, M, N, K, dtype, masked, splits):
+    assert product_is_right(kernels, M, N, K, dtype, masked, splits)
+
+
 @pytest.mark.parametrize("mistake", [
     ("round.cuh", "1.5f * unit", "unit"),
     ("quantize.cu", "s.before[i]);", "0);"),
@@ -151,3 +185,8 @@ def test_the_plain_kernels_give_the_definitions_bytes(kernels, M, K):
 ])
 def test_a_mistake_in_a_kernel_is_found(tmp_path, mistake):
     assert wrong(library(tmp_path, mistake), 33, 160, torch.bfloat16)
+
+
+@pytest.mark.parametrize("mistake", [("gemm_sm90.cu", "2 * w.n + rank", "2 * w.n"), ("gemm_sm90.cu", "b_scales[now][j % 4]", "b_scales[now][0]")])
+def test_a_mistake_in_hoppers_product_is_found(tmp_path, mistake):
+    assert not product_is_right(library(tmp_path, mistake), 40, 416, 160, torch.bfloat16, True, 1)
