@@ -66,7 +66,7 @@ def test_one_seed_gives_a_gap_without_a_spread_and_shared_machines_are_said(tmp_
 
 def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, file in dict(README="README.md", PICTURE="picture.svg", RUNS="runs.csv").items(): monkeypatch.setattr(study, name, str(tmp_path / file))
+    for name, file in dict(README="README.md", PICTURES="", RUNS="runs.csv").items(): monkeypatch.setattr(study, name, str(tmp_path / file))
     (tmp_path / "README.md").write_text("before\n<!-- ablation -->\nold\n<!-- /ablation -->\nafter")
     for p, v in (("quartet2", 5.1), ("bf16", 5), ("fp4", 5.25)):
         for s in range(2): written(tmp_path / "study", [6, v + .1 * s], precision=p, seed=s)
@@ -75,7 +75,7 @@ def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(tmp
     found = sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv"))
     assert quartet.cli(found, study.main) == 0
     text = (tmp_path / "README.md").read_text()
-    assert [*table(text)] == ["bf16", "fp4", "quartet2"] and table(text)["fp4"]["seeds"] == "1" and (tmp_path / "picture.svg").exists()
+    assert [*table(text)] == ["bf16", "fp4", "quartet2"] and table(text)["fp4"]["seeds"] == "1" and (tmp_path / "ablation.svg").exists()
     assert "old" not in text and text.startswith("before") and "`stdlib`, 4,096 in the vocabulary; CPU, torch" in text and "2026-01-02" in text
     assert [row["run"] for row in csv.DictReader(open(tmp_path / "out" / "ablation.csv"))] == ["bf16", "fp4", "quartet2"]
     written(tmp_path / "study", [6, 5], precision="fp4-sr", seq=128)
@@ -86,7 +86,7 @@ def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(tmp
 
 def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, file in dict(README="README.md", PICTURE="picture.svg", RUNS="runs.csv").items(): monkeypatch.setattr(study, name, str(tmp_path / file))
+    for name, file in dict(README="README.md", PICTURES="", RUNS="runs.csv").items(): monkeypatch.setattr(study, name, str(tmp_path / file))
     (tmp_path / "README.md").write_text("<!-- ablation -->\n<!-- /ablation -->")
     for p, v in (("bf16", 5), ("fp4", math.nan)): written(tmp_path / "study", [6, v], precision=p)
     assert quartet.cli(sorted(str(path) for path in (tmp_path / "study").glob("*/log.csv")), study.main) == 0
@@ -97,9 +97,11 @@ def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_ru
     again = table((tmp_path / "README.md").read_text())
     for name, row in table(text).items(): assert {**row, "tokens/s": ""} == {**again[name], "tokens/s": ""}       # that is a median
     written(tmp_path / "more", [6, 4], precision="fp4-sr")
-    assert quartet.cli(["runs.csv", "more/tiny-fp4-sr/log.csv"], study.main) == 0
-    assert [*table((tmp_path / "README.md").read_text())] == ["bf16", "fp4", "fp4-sr"]
-    assert (tmp_path / "runs.csv").read_text().startswith(kept)
+    written(tmp_path / "more", [6, 5, 3], precision="fp4-sr", name="long-fp4-sr")               # a table of its own
+    assert quartet.cli(["runs.csv", "more/tiny-fp4-sr/log.csv", "more/long-fp4-sr/log.csv"], study.main) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert [line.split()[1] for line in text.splitlines() if line.startswith(("| bf16", "| fp4"))] == ["bf16", "fp4", "fp4-sr", "fp4-sr"]
+    assert (tmp_path / "ablation1.svg").exists() and (tmp_path / "runs.csv").read_text().startswith(kept)
 
 
 # ---- what is trained and what is kept
@@ -277,6 +279,7 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch):
     monkeypatch.setattr(study, "compare", compare)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(Asked): study.main(["--device", "cpu"])
-    assert [cfg.seed for cfg in asked] == sorted(cfg.seed for cfg in asked)
-    assert len(asked) == len(set(asked)) == 5 * (len(fp4.RECIPES) + 1 + 4 + 2)
-    assert len({cfg.name for cfg in asked}) == len(asked) and {cfg.tokens_per_param for cfg in asked} == {25}
+    assert [(cfg.tokens_per_param, cfg.seed) for cfg in asked] == sorted((cfg.tokens_per_param, cfg.seed) for cfg in asked)
+    short, long = ([cfg for cfg in asked if cfg.tokens_per_param == n] for n in (25, 100))
+    assert len(asked) == len(set(asked)) == len({cfg.name for cfg in asked}) == len(short) + len(long)
+    assert len(short) == 5 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1) and len(long) == 3 * (4 + 3) and asked == short + long
