@@ -172,7 +172,7 @@ def log_text(cfg, how, history):
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try: commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError: commit = ""
-    machine = f"{device_name(cfg)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    machine = f"{device_name(cfg)}, torch {torch.__version__}" + f", {torch.get_num_threads()} threads" * (cfg.device == "cpu")
     head = f"# commit {commit or 'unknown'}", f"# config {json.dumps(dataclasses.asdict(cfg))}", f"# device {machine}", f"# fp4 {how}"
     return "\n".join([*head, "step,loss,val,lr,norm,ms,tokens_per_s,mfu", *map(csv, history), ""])
 
