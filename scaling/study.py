@@ -9,7 +9,7 @@ promising ones again, four times as long.
 Runs go seed by seed, so that what is there compares. They are kept in scaling/data/study.csv: of each log its head and
 the evaluated steps.
 """
-import glob, itertools, os, shutil, sys
+import glob, os, shutil, sys
 import torch
 import quartet
 from fp4 import RECIPES
@@ -46,13 +46,20 @@ def finished(paths):
     return sorted(runs.values(), key=order)
 
 
-def section(runs, picture):
+def by_length(runs, config):
+    """[("ablation", the shortest), ("ablation2", the next), ...]: only runs of one length compare"""
+    lengths = {}
+    for run in runs: lengths.setdefault(tuple(config(run).get(k) for k in ("steps", "tokens", "tokens_per_param")), []).append(run)
+    return [("ablation" + f"{i}" * (i > 1), lengths[length]) for i, length in enumerate(sorted(lengths), 1)]
+
+
+def section(runs, name):
     """the README's on runs of one length"""
     run = max(runs, key=lambda run: run.date)
     layers, C, _, _ = quartet.SIZES[run.config["size"]]
-    tokens, path = run.history[-1][0] * run.config["batch"] * run.config["seq"], os.path.join("out", os.path.splitext(picture)[0])
-    body = report(runs, path, quartet.write)
-    shutil.copyfile(path + ".svg", os.path.join(PICTURES, picture))
+    tokens, picture = run.history[-1][0] * run.config["batch"] * run.config["seq"], f"{name}.svg"
+    body = report(runs, os.path.join("out", name), quartet.write)
+    shutil.copyfile(os.path.join("out", picture), os.path.join(PICTURES, picture))
     return (f"{params(layers, C) / 1e6:.1f} M parameters in the blocks, {tokens / 1e6:.0f} M tokens of "
             f"`{run.config['data']}`, {run.config['vocab'] or 4096:,} in the vocabulary; {run.device}; {run.date}.\n\n"
             f"![curves](.readme/{picture})\n\n{body}")
@@ -64,18 +71,15 @@ def main(argv):
     if not files:
         asked = [quartet.parse([*STUDY * gpu, *what, *argv]) for what in
                  ([SMALL] if not gpu else [[]] if "--precision" in " ".join(argv) else WHAT)]
-        configs = {cfg: None for one in asked for cfg in quartet.runs(one)}
-        configs = sorted(configs, key=lambda cfg: (cfg.tokens_per_param, cfg.seed))
-        compare(configs, os.path.join(asked[0].out, "ablation"), quartet.train, quartet.write, quartet.FREE, quartet.__file__)
+        configs = sorted({cfg: None for one in asked for cfg in quartet.runs(one)}, key=lambda cfg: cfg.seed)
+        for name, some in by_length(configs, vars):
+            compare(some, os.path.join(asked[0].out, name), quartet.train, quartet.write, quartet.FREE, quartet.__file__)
         if not gpu: return                                      # the README's table is a GPU's
         files = glob.glob(os.path.join(asked[0].out, "*", "log.csv"))
     try: found = finished(files)
     except ValueError as error: raise Failed(str(error))
-    lengths = {}
-    for _, run in found: lengths.setdefault(tuple(run.config.get(k) for k in ("steps", "tokens", "tokens_per_param")), []).append(run)
-    names = (f"ablation{i or ''}.svg" for i in itertools.count())
-    text = "\n\n".join(section(lengths[length], next(names)) for length in sorted(lengths))
-    write(README, replaced(open(README).read(), text, "ablation"))
+    parts = [section(runs, name) for name, runs in by_length([run for _, run in found], lambda run: run.config)]
+    write(README, replaced(open(README).read(), "\n\n".join(parts), "ablation"))
     write(RUNS, "".join(thin(log) for log, _ in found))
 
 

@@ -101,7 +101,7 @@ def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_ru
     assert quartet.cli(["runs.csv", "more/tiny-fp4-sr/log.csv", "more/long-fp4-sr/log.csv"], study.main) == 0
     text = (tmp_path / "README.md").read_text()
     assert [line.split()[1] for line in text.splitlines() if line.startswith(("| bf16", "| fp4"))] == ["bf16", "fp4", "fp4-sr", "fp4-sr"]
-    assert (tmp_path / "ablation1.svg").exists() and (tmp_path / "runs.csv").read_text().startswith(kept)
+    assert (tmp_path / "ablation2.svg").exists() and (tmp_path / "runs.csv").read_text().startswith(kept)
 
 
 # ---- what is trained and what is kept
@@ -272,13 +272,12 @@ def test_a_bad_setting_is_one_sentence(args, words, tmp_path, capsys):
     assert len(said) == 1 and said[0].startswith("quartet: ") and words in said[0] and not (tmp_path / "out").exists()
 
 
-def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch):
-    asked = []
-    class Asked(Exception): pass
-    def compare(configs, *_): asked.extend(configs); raise Asked
-    monkeypatch.setattr(study, "compare", compare)
+def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
+    asked, paths = [], []
+    monkeypatch.setattr(study, "compare", lambda configs, path, *_: asked.extend(configs) or paths.append(path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(Asked): study.main(["--device", "cpu"])
+    with pytest.raises(ablation.Failed, match="there is no finished run"): study.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert paths == [str(tmp_path / "ablation"), str(tmp_path / "ablation2")]
     assert [(cfg.tokens_per_param, cfg.seed) for cfg in asked] == sorted((cfg.tokens_per_param, cfg.seed) for cfg in asked)
     short, long = ([cfg for cfg in asked if cfg.tokens_per_param == n] for n in (25, 100))
     assert len(asked) == len(set(asked)) == len({cfg.name for cfg in asked}) == len(short) + len(long)
