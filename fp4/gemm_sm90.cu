@@ -191,12 +191,6 @@ __global__ void sum_kernel(const float* partial, int splits, int64_t stride, int
   store(out + 32 * block, v);
 }
 
-int processors() {
-  int device, count;
-  cudaGetDevice(&device), cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <class T> void launch(Problem p, T* out, cudaStream_t stream) {
   p.out = tma::map(out, p.splits > 1 ? p.splits * p.padded : p.M, p.N * sizeof(T), 16);
   const int64_t works = int64_t(p.rows) * p.columns * p.splits, clusters = processors() / 2;

@@ -12,8 +12,6 @@ when its function returns, a product is summed in double. A barrier counts arriv
 
 #define __grid_constant__
 #define __cluster_dims__(...)
-#define cudaGetDevice(device) (*(device) = 0)
-#define cudaDeviceGetAttribute(value, ...) (*(value) = 4)      // multiprocessors: two clusters, each takes many tiles
 #define cudaMemsetAsync(data, value, bytes, stream) memset(data, value, bytes)
 
 inline uint32_t address(const void* p) { return uint32_t((const uint8_t*)p - dynamic_shared); }
