@@ -5,8 +5,8 @@ from fp4 import AXES
 
 
 def label(config):
-    """fp4-nearest, fp4-signs-none, fp4-keep_first-1-seed2"""
-    alone = lambda axis, v: axis == "scale" or sum(v in choices for choices in AXES.values()) == 1
+    """fp4-nearest, fp4-rotation-128, fp4-keep_first-1-seed2"""
+    alone = lambda axis, v: axis == "scale" or not v.isdigit() and sum(v in choices for choices in AXES.values()) == 1
     parts = [v if alone(axis, v) else f"{axis}-{v}" for axis in AXES if (v := config.get(axis))]
     parts += [f"{name}-{n}" for name in ("keep_first", "keep_last") if (n := config.get(name))]
     return "-".join([config["precision"], *parts, *[f"seed{config['seed']}"] * bool(config.get("seed"))])
