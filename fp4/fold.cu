@@ -64,7 +64,7 @@ void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, flo
 
 void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream) {
   if (!M || !K) return;
-  const dim3 grid(unsigned((M + SIDE - 1) / SIDE), unsigned((K + SIDE - 1) / SIDE));
+  const dim3 grid(unsigned(ceil_div(M, SIDE)), unsigned(ceil_div(K, SIDE)));
   (right ? fold_tiles_kernel<true> : fold_tiles_kernel<false>)<<<grid, TILE_THREADS, 0, (cudaStream_t)stream>>>(
       codes, scales, M, K / 32, (uint4*)values, tile_scales);
 }

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS) gemm_kernel(const uint8_t* __restrict
 
 void gemm_plain(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
                 float alpha, Values out, void* stream) {
-  const dim3 grid(unsigned((M + SIDE - 1) / SIDE), unsigned((N + SIDE - 1) / SIDE));
+  const dim3 grid(unsigned(ceil_div(M, SIDE)), unsigned(ceil_div(N, SIDE)));
   if (M && N) typed(out, [=](auto* out) {
     gemm_kernel<<<grid, THREADS, 0, (cudaStream_t)stream>>>(a, a_scales, b, b_scales, M, N, K / 32, alpha, out);
   });

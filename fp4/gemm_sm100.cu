@@ -48,7 +48,6 @@ __global__ void __launch_bounds__(THREADS) gemm_kernel(const __grid_constant__ C
   extern __shared__ uint8_t dynamic[];
   __shared__ __align__(8) uint64_t barriers[2 * STAGES + 1];
   __shared__ uint32_t first_column;
-  const auto address = [](const void* p) { return uint32_t(__cvta_generic_to_shared(p)); };
   const uint32_t smem = (address(dynamic) + 1023) / 1024 * 1024;
   const auto full = [&](int s) { return address(barriers + s); };
   const auto empty = [&](int s) { return address(barriers + STAGES + s); };
@@ -138,7 +137,7 @@ void gemm_sm100(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, con
   const CUtensorMap a_map = tma::map(a, M, K / 2, BM), b_map = tma::map(b, N, K / 2, BN);
   typed(out, [&](auto* to) {
     using T = std::remove_pointer_t<decltype(to)>;
-    const dim3 grid(unsigned((N + BN - 1) / BN), unsigned((M + BM - 1) / BM));
+    const dim3 grid(unsigned(mxfp4::ceil_div(N, BN)), unsigned(mxfp4::ceil_div(M, BM)));
     cudaFuncSetAttribute(gemm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     gemm_kernel<T><<<grid, THREADS, SHARED, (cudaStream_t)stream>>>(a_map, a_scales, b_map, b_scales, int(M), int(N), int(K), alpha, to);
   });

@@ -129,7 +129,7 @@ void gemm_sm120(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, con
   if (!M || !N) return;
   typed(out, [&](auto* to) {
     using T = std::remove_pointer_t<decltype(to)>;
-    const dim3 grid(unsigned((N + BN - 1) / BN), unsigned((M + BM - 1) / BM));
+    const dim3 grid(unsigned(mxfp4::ceil_div(N, BN)), unsigned(mxfp4::ceil_div(M, BM)));
     cudaFuncSetAttribute(gemm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, STAGES * STAGE);
     gemm_kernel<T><<<grid, THREADS, STAGES * STAGE, (cudaStream_t)stream>>>(a, a_scales, b, b_scales, int(M), int(N), int(K), alpha, to);
   });

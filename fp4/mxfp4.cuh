@@ -26,6 +26,8 @@ struct bfloat16 { uint16_t bits; };
 FN uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 FN float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
+FN int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 FN float get(float x) { return x; }
 FN float get(bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 FN void put(float& to, float x) { to = x; }

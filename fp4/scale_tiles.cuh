@@ -17,7 +17,6 @@ blocks beyond K / 32 only fill the last tiles: they are written, to some exponen
 
 namespace mxfp4 {
 
-FN int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 FN int64_t tiled_bytes(int64_t rows, int64_t blocks) { return ceil_div(rows, 128) * ceil_div(blocks, 4) * 512; }
 
 FN int64_t tiled(int64_t row, int64_t block, int64_t blocks) {             // the byte's place; blocks = K / 32

@@ -9,6 +9,9 @@ function an instruction, sm_90 and later. An mbarrier counts arrivals and bytes;
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+// a place in shared memory, as these instructions want it
+__device__ inline uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
 namespace tma {
 
 __device__ inline void init(uint32_t barrier, int arrivals) {

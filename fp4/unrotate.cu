@@ -51,7 +51,7 @@ __global__ void unrotate_kernel(const T* __restrict__ d, const int32_t* __restri
   chunks(x + 32 * first, n, shared, [](U* to, const uint8_t* from) { *(uint4*)to = *(const uint4*)from; });
 }
 
-unsigned groups(int64_t blocks) { return unsigned((blocks + THREADS - 1) / THREADS); }
+unsigned groups(int64_t blocks) { return unsigned(ceil_div(blocks, THREADS)); }
 
 }  // namespace
 

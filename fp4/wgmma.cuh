@@ -3,9 +3,7 @@ Hopper's instructions for a warpgroup, 128 threads that multiply together, and f
 memory: one function an instruction, sm_90a. For copies and barriers: tma.cuh.
 */
 #pragma once
-#include <cstdint>
-
-__device__ inline uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+#include "tma.cuh"
 
 namespace cluster {
 
