@@ -15,7 +15,7 @@ when its function returns, a product is summed in double. A barrier counts arriv
 #define cudaMemsetAsync(data, value, bytes, stream) memset(data, value, bytes)
 
 inline uint32_t address(const void* p) { return uint32_t((const uint8_t*)p - dynamic_shared); }
-inline float __shfl_sync(unsigned, int x, int lane) {
+inline int __shfl_sync(unsigned, int x, int lane) {
   memcpy(&slots[me()], &x, 4), __syncwarp();
   memcpy(&x, &slots[me() / 32 * 32 + lane], 4), __syncwarp();
   return x;

@@ -1,5 +1,5 @@
 """Facts about many runs side by side: what is trained, what is kept, and what the table says."""
-import csv, dataclasses, math, os, signal, statistics, subprocess, sys, time
+import ast, csv, dataclasses, math, os, signal, statistics, subprocess, sys, time
 import pytest, torch
 import fp4, quartet
 from data import prepare
@@ -270,6 +270,12 @@ def test_a_bad_setting_is_one_sentence(args, words, tmp_path, capsys):
     assert quartet.cli(["--steps", "1", "--data", str(tmp_path / "text.py"), "--out", str(tmp_path / "out"), *args]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("quartet: ") and words in said[0] and not (tmp_path / "out").exists()
+
+
+def test_the_ablation_does_not_import_the_trainer_that_imports_it():
+    tree = ast.parse(open(os.path.join(ROOT, "scaling", "ablation.py")).read())
+    top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+    assert "quartet" not in top and "torch" in top
 
 
 def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """
-Kernels run on a CPU (cuda_on_cpu.h), Hopper's product with its instructions modelled (sm90_on_cpu.h): their bytes are the
-definition's before a GPU has seen them. What only a GPU shows is in test_kernels.py and test_gpu.py.
+Kernels run on a CPU (cuda_on_cpu.h), Hopper's product with its instructions modelled (sm90_on_cpu.h): they give what the
+definition does before a GPU has seen them. What only a GPU shows is in test_kernels.py and test_gpu.py.
 """
 import ctypes, glob, itertools, os, re, shutil, subprocess
 import pytest, torch
@@ -155,7 +155,7 @@ def test_the_plain_kernels_give_the_definitions_bytes(kernels, M, K):
 
 
 def product_is_right(kernels, M, N, K, dtype, masked, splits):
-    """Hopper's, against an FP64 sum of the operands' exact values"""
+    """Hopper's, against the definition's FP32 sum"""
     torch.manual_seed(K)
     sizes = torch.randint(-6, 6, (N // 32, 1)).float().exp2().repeat_interleave(32, 0)         # of columns that are rotated together
     a, b = (reference.quantize_forward(x, "floor")[:2] for x in (torch.randn(M, K), torch.randn(N, K) * sizes))
