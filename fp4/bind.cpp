@@ -202,7 +202,7 @@ constexpr Format LEFT = Format::left, RIGHT = Format::right;               // wh
 Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const Tensor* mask, double alpha, ScalarType dtype, const Device& on) {
   const int64_t K = 128 * a.values.size(1);
   const int splits = gemm_sm90_splits(M, N, K);
-  Tensor out = empty(a.values, M, N, dtype), partial = empty(a.values, splits > 1 ? splits * M : 0, N, ScalarType::Float);
+  Tensor out = empty(a.values, M, N, dtype), partial = empty(a.values, splits > 1 ? splits * ((M + 15) / 16 * 16) : 0, N, ScalarType::Float);
   gemm_sm90(bytes(a.values), (float*)a.scales.data_ptr(), bytes(b.values), (float*)b.scales.data_ptr(), M, N, K, float(alpha),
             mask ? (int32_t*)mask->data_ptr() : nullptr, (float*)partial.data_ptr(), splits, values(out), on.stream);
   return out;

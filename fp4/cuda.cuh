@@ -69,3 +69,9 @@ __device__ inline void unrotate(Vector& v, uint32_t inside) {
     if (!(inside >> i & 1)) v[i][0] *= 0;
   hadamard(v);
 }
+
+inline int processors() {
+  int device, count;
+  cudaGetDevice(&device), cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}

@@ -12,8 +12,8 @@ by the scales of its rows of A and B (powers of two: exact) and added in FP32. W
 products run.
 
 Before it is stored, a gradient is masked and rotated back (linear.py): outputs go through shared memory, where a thread
-finds a block of 32 neighbours among what its warp has. When there are too few tiles for the GPU, K is split, and a second
-kernel sums the parts, always in the same order.
+finds a block of 32 neighbours among what its warp has. Then TMA stores them, while the next tile begins. When there are too
+few tiles for the GPU, K is split, and a second kernel sums the parts, always in the same order.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c gemm_sm90.cu
 */
@@ -30,8 +30,9 @@ constexpr int PITCH = 32 + 4;                                             // of 
 
 struct Shared {
   uint8_t a[STAGES][2][TILE_BYTES], b[STAGES][TILE_BYTES];                // 1024-byte aligned
+  uint8_t leaving[8][2][16 * 128];                                        // the same; of a warp: 16 rows of output, 64 columns in BF16 or 32
   float a_scales[STAGES][2][SIDE], b_scales[STAGES][32];                  // of b 4, but a box begins at a multiple of 128 bytes
-  float out[8][16][2][PITCH];                                             // of a warp: 16 rows of two blocks of 32, in different banks
+  float turning[8][16][2][PITCH];                                         // of a warp: 16 rows of two blocks of 32, in different banks
   uint64_t full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "the shared memory a block can have on sm_90");
@@ -49,15 +50,22 @@ __device__ Work work(int i, int rows, int columns, int depth, int splits) {
 
 struct Problem {
   const uint8_t *a, *b;
-  CUtensorMap a_scales, b_scales;
-  int64_t M, N;
+  CUtensorMap a_scales, b_scales, out;
+  int64_t M, N, padded;                                                   // rows; columns; rows, 16 a time, of which parts have so many
   int a_tiles, b_tiles, rows, columns, depth, splits;                     // of 128, 128, 256, 256, 128
   float alpha;
   const int32_t* mask;
 };
 
-template <class T>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ Problem p, T* out) {
+// byte `at` of a row of 16, swizzled; and the byte `more` after it, where the two have no bit in common
+__device__ int spot(int first, int row, int at) { return first + at / 128 * 2048 + row * 128 + (at % 128 ^ row % 8 * 16); }
+__device__ uint8_t* at(uint8_t* to, int spot, int more) { return to + more / 128 * 2048 + (spot ^ more % 128); }
+
+__device__ void put(void* to, float2 pair, bfloat16) { *(uint32_t*)to = bfloat2(pair.x, pair.y); }
+__device__ void put(void* to, float2 pair, float) { *(float2*)to = pair; }
+
+template <class T>                                                        // of the output
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ Problem p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), t = threadIdx.x % 128, rank = cluster::rank(), clusters = gridDim.x / 2;
@@ -93,9 +101,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
   }
 
   wgmma::more_registers();                                                // ---- products
-  const int half = group - 1, lane = t % 32, row = t / 32 * 16 + lane / 4;
+  const int half = group - 1, lane = t % 32, row = t / 32 * 16 + lane / 4, warp = t / 32 + 4 * half;
   const uint32_t a_first = wgmma::descriptor(s.a[0][half]), b_first = wgmma::descriptor(s.b[0]);
-  float(*staged)[2][PITCH] = s.out[t / 32 + 4 * half];
+  float(*turning)[2][PITCH] = s.turning[warp];
+  // in `leaving`, what this thread has of a row as it was summed, and of one that was rotated
+  const int as_summed = spot(4096 * warp, lane / 4, lane % 4 * 2 * sizeof(T)), turned = spot(4096 * warp, lane / 2, lane % 2 * 32 * sizeof(T));
   for (int i = blockIdx.x / 2; i < all; i += clusters) {
     const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
     const int64_t m0 = 256 * int64_t(w.m) + 128 * half + t / 32 * 16, n0 = 256 * int64_t(w.n) + 128 * rank;        // of this warp
@@ -131,38 +141,49 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
     }
     UNROLL for (int h = 0; h < 2; h++)                                    // ---- a warp: 16 rows of output, 64 columns at a time
       UNROLL for (int c = 0; c < 2; c++) {
-        UNROLL for (int j = 0; j < 8; j++)
-          UNROLL for (int r = 0; r < 2; r++)
-            *reinterpret_cast<float2*>(&staged[lane / 4 + 8 * r][j / 4][j % 4 * 8 + lane % 4 * 2]) = make_float2(sum[h][32 * c + 4 * j + 2 * r], sum[h][32 * c + 4 * j + 2 * r + 1]);
+        uint8_t* to = s.leaving[0][sizeof(T) == 2 ? c : 0];               // in BF16 the last one may still be on its way
+        if (lane == 0) tma::wait_for_reads<sizeof(T) == 2>();
         __syncwarp();
-        Vector v;                                                         // a block of 32 neighbours
-        load(staged[lane / 2][lane % 2], v);
-        if (p.mask) unrotate(v, mask[h][c]);
-        UNROLL for (int j = 0; j < 32; j++) v[j][0] *= p.alpha;
-        __syncwarp();
-        store((T*)staged[lane / 2] + lane % 2 * (sizeof(T) == 4 ? PITCH : 32), v);
-        __syncwarp();
-        constexpr int CHUNKS = 64 * sizeof(T) / 16;                       // 16 bytes a thread: neighbours write neighbours
-        UNROLL for (int j = 0; j < CHUNKS / 2; j++) {
-          const int r = (32 * j + lane) / CHUNKS, chunk = lane % CHUNKS;
-          const int64_t m = m0 + 64 * h + r, n = n0 + 64 * c + chunk * (16 / sizeof(T));
-          if (m < p.M && n < p.N)
-            *reinterpret_cast<uint4*>(out + (w.split * p.M + m) * p.N + n) = reinterpret_cast<const uint4*>(staged[r])[chunk + (sizeof(T) == 4 ? chunk / 8 : 0)];
+        const auto outputs = [&](int r, int j) { return make_float2(sum[h][32 * c + 4 * j + 2 * r], sum[h][32 * c + 4 * j + 2 * r + 1]); };
+        if (p.mask) {
+          UNROLL for (int j = 0; j < 8; j++)
+            UNROLL for (int r = 0; r < 2; r++) *(float2*)&turning[lane / 4 + 8 * r][j / 4][j % 4 * 8 + lane % 4 * 2] = outputs(r, j);
+          __syncwarp();
+          Vector v;                                                       // a block of 32 neighbours
+          load(turning[lane / 2][lane % 2], v);
+          unrotate(v, mask[h][c]);
+          UNROLL for (int j = 0; j < 32; j++) v[j][0] *= p.alpha;
+          __align__(16) T rounded[32];
+          store(rounded, v);
+          UNROLL for (int j = 0; j < 2 * int(sizeof(T)); j++) *(uint4*)at(to, turned, 16 * j) = ((const uint4*)rounded)[j];
+        } else {
+          UNROLL for (int j = 0; j < 8; j++)
+            UNROLL for (int r = 0; r < 2; r++) {
+              const float2 pair = outputs(r, j);
+              put(at(to + 1024 * r, as_summed, 8 * j * sizeof(T)), make_float2(p.alpha * pair.x, p.alpha * pair.y), T());
+            }
         }
+        tma::writes_before_async();
         __syncwarp();
+        const int64_t m = m0 + 64 * h, n = n0 + 64 * c;
+        if (lane == 0 && m < p.M)                                         // what lies beyond the matrix is not stored
+          for (int i = 0; i < int(sizeof(T)) / 2; i++)
+            tma::store_box(p.out, int(n * sizeof(T)) + 128 * i, int(w.split * p.padded + m), address(to) + 4096 * warp + 2048 * i);
+        if (lane == 0) tma::commit();
       }
   }
+  if (lane == 0) tma::wait_for_reads<0>();
   cluster::sync();
 }
 
 template <class T>
-__global__ void sum_kernel(const float* partial, int splits, int64_t blocks, float alpha, const int32_t* mask, T* out) {
+__global__ void sum_kernel(const float* partial, int splits, int64_t stride, int64_t blocks, float alpha, const int32_t* mask, T* out) {
   const int64_t block = int64_t(blockIdx.x) * 128 + threadIdx.x;
   if (block >= blocks) return;
   Vector v, part;
   load(partial + 32 * block, v);
   for (int i = 1; i < splits; i++) {
-    load(partial + 32 * (i * blocks + block), part);
+    load(partial + i * stride + 32 * block, part);
     UNROLL for (int j = 0; j < 32; j++) v[j][0] += part[j][0];
   }
   UNROLL for (int j = 0; j < 32; j++) v[j][0] *= alpha;
@@ -170,16 +191,11 @@ __global__ void sum_kernel(const float* partial, int splits, int64_t blocks, flo
   store(out + 32 * block, v);
 }
 
-int processors() {
-  int device, count;
-  cudaGetDevice(&device), cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-template <class T> void launch(const Problem& p, T* out, cudaStream_t stream) {
+template <class T> void launch(Problem p, T* out, cudaStream_t stream) {
+  p.out = tma::map(out, p.splits > 1 ? p.splits * p.padded : p.M, p.N * sizeof(T), 16);
   const int64_t works = int64_t(p.rows) * p.columns * p.splits, clusters = processors() / 2;
   cudaFuncSetAttribute(gemm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared)));
-  gemm_kernel<<<2 * unsigned(works < clusters ? works : clusters), THREADS, sizeof(Shared), stream>>>(p, out);
+  gemm_kernel<T><<<2 * unsigned(works < clusters ? works : clusters), THREADS, sizeof(Shared), stream>>>(p);
 }
 
 }  // namespace
@@ -197,10 +213,10 @@ void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const 
   const auto over = [](int64_t n, int64_t size) { return int((n + size - 1) / size); };
   const int depth = over(K, 128), a_tiles = over(M, 128), b_tiles = over(N, 128);
   const CUtensorMap rows = tma::map(a_scales, 4ll * a_tiles * depth, 128, 4, false), columns = tma::map(b_scales, 1ll * b_tiles * depth, 16, 1, false);
-  Problem p = {a, b, rows, columns, M, N, a_tiles, b_tiles, over(M, 256), over(N, 256), depth, splits, alpha, mask};
+  Problem p = {a, b, rows, columns, {}, M, N, (M + 15) / 16 * 16, a_tiles, b_tiles, over(M, 256), over(N, 256), depth, splits, alpha, mask};
   if (splits == 1) return typed(out, [=](auto* out) { launch(p, out, (cudaStream_t)stream); });
   p.alpha = 1, p.mask = nullptr;
   launch(p, partial, (cudaStream_t)stream);
   const int64_t blocks = M * N / 32;
-  typed(out, [=](auto* out) { sum_kernel<<<unsigned((blocks + 127) / 128), 128, 0, (cudaStream_t)stream>>>(partial, splits, blocks, alpha, mask, out); });
+  typed(out, [=](auto* out) { sum_kernel<<<unsigned((blocks + 127) / 128), 128, 0, (cudaStream_t)stream>>>(partial, splits, p.padded * N, blocks, alpha, mask, out); });
 }

@@ -50,7 +50,7 @@ void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t 
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K);
 void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
                const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not
-               float* partial,                                // [splits, M, N] when splits > 1
+               float* partial,                                // [splits, M up to a multiple of 16, N] when splits > 1
                int splits, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
 using Gemm = void(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
                   float alpha, Values out, void* stream);         // out [M, N] = alpha * a @ b.T

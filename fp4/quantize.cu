@@ -126,20 +126,25 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
 __device__ float get(bfloat16 x, uint32_t sign) { return float_of(x.bits * 65536u + sign); }
 __device__ float get(float x, uint32_t sign) { return flipped(x, sign); }
 
-// what fills s.x with rows m0 ... of a matrix [M, K], zeros beyond it
+// what reads rows m0 ... of a matrix [M, K], zeros beyond it, and fills s.x with them
 template <class T> struct Matrix {
   using Element = T;
   const T* x;
   static constexpr bool both = true;                                       // the operand of dy itself is wanted too
-  __device__ void fill(Shared<T>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
-    constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;           // 16 bytes a thread and step
+  static constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;      // 16 bytes a thread and step
+  struct Read { uint4 q[STEPS]; };
+  __device__ Read read(int64_t M, int64_t K, int64_t m0, int64_t k0) const {
     const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
     const T* from = x + (m0 + row) * K + k0 + at;
     const int rows = k0 + at < K ? int(min(M - m0, int64_t(SIDE))) : 0;
-    uint4 q[STEPS] = {};
+    Read r = {};
     UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K)               // all reads are under way before the first is awaited
-      if (row + i * ROWS < rows) q[i] = *reinterpret_cast<const uint4*>(from);
-    UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = q[i];
+      if (row + i * ROWS < rows) r.q[i] = *reinterpret_cast<const uint4*>(from);
+    return r;
+  }
+  __device__ void fill(Shared<T>& s, const Read& r) const {
+    const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
+    UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = r.q[i];
   }
 };
 
@@ -147,14 +152,17 @@ struct PackedMatrix {
   const uint8_t *codes, *scales;
   using Element = bfloat16;
   static constexpr bool both = false;
-  __device__ void fill(Shared<bfloat16>& s, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
-    const int row = threadIdx.x / 4, at = threadIdx.x % 4;                 // a block a thread
-    const bool inside = m0 + row < M && k0 + 32 * at < K;
+  struct Read { uint4 q; uint8_t scale; };
+  __device__ Read read(int64_t M, int64_t K, int64_t m0, int64_t k0) const {                           // a block a thread
+    const int row = threadIdx.x / 4, at = threadIdx.x % 4;
     const int64_t block = ((m0 + row) * K + k0) / 32 + at;
-    const uint4 q = inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0);
-    const uint32_t word[4] = {q.x, q.y, q.z, q.w};
-    bfloat16* to = s.at(row, 32 * at);
-    const __nv_bfloat162 scale = __float2bfloat162_rn(inside ? scale_of(scales[block]) : 0);
+    const bool inside = m0 + row < M && k0 + 32 * at < K;
+    return {inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0), inside ? scales[block] : uint8_t(0)};
+  }
+  __device__ void fill(Shared<bfloat16>& s, const Read& r) const {
+    const uint32_t word[4] = {r.q.x, r.q.y, r.q.z, r.q.w};
+    bfloat16* to = s.at(threadIdx.x / 4, 32 * (threadIdx.x % 4));
+    const __nv_bfloat162 scale = __float2bfloat162_rn(scale_of(r.scale));
     UNROLL for (int j = 0; j < 4; j++) {
       const uint2 a = bfloats(word[j]), b = bfloats(word[j] >> 16);
       uint32_t out[4] = {a.x, a.y, b.x, b.y};
@@ -167,26 +175,32 @@ struct PackedMatrix {
   }
 };
 
+// tiles below one another, so that what a packed one needs, 17 bytes a thread, is read while the one before is rotated
 template <class Source, Format format, bool random>
 __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
                                                                    Operand rows, Operand columns) {
   using T = typename Source::Element;
   extern __shared__ __align__(16) uint8_t memory[];
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(memory);
-  const int64_t m0 = int64_t(blockIdx.x) * SIDE, k0 = int64_t(blockIdx.y) * SIDE;
+  const int64_t k0 = int64_t(blockIdx.y) * SIDE, step = int64_t(gridDim.x) * SIDE;
   const int line = threadIdx.x / 4, part = threadIdx.x % 4;
-  source.fill(s, M, K, m0, k0);
+  auto next = source.read(M, K, int64_t(blockIdx.x) * SIDE, k0);
   spread_signs(uint32_t(*how.signs), how.signs_after, format != Format::packed, s);
-  __syncthreads();
-  Vector v;
-  if constexpr (Source::both) {
-    load(s.at(line, 32 * part), v, s.before);
-    quantize<format, random>(v, m0, k0, seeds[0], rows, s);
-    asm volatile("" ::: "memory");                                         // the signs are read again, not kept in registers
+  for (int64_t m0 = int64_t(blockIdx.x) * SIDE; m0 < M; m0 += step) {
+    source.fill(s, next);
+    __syncthreads();
+    Vector v;
+    if constexpr (Source::both) {
+      load(s.at(line, 32 * part), v, s.before);
+      quantize<format, random>(v, m0, k0, seeds[0], rows, s);
+      asm volatile("" ::: "memory");                                       // the signs are read again, not kept in registers
+    } else next = source.read(M, K, m0 + step, k0);
+    const T* column = s.at(32 * part, line);
+    UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);
+    quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
+    if constexpr (Source::both) break;                                     // its grid has all tiles: no registers are left for a next one
+    __syncthreads();
   }
-  const T* column = s.at(32 * part, line);
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);
-  quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
 }
 
 // ---- launches
@@ -213,7 +227,8 @@ void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* 
   const int bytes = sizeof(Shared<typename Source::Element>);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   rows.scale_tiles = columns.scale_tiles = how.format == Format::mxf4;
-  const dim3 grid(unsigned(ceil_div(M, SIDE)), unsigned(ceil_div(K, SIDE)));
+  const int64_t high = ceil_div(M, SIDE), wide = ceil_div(K, SIDE);
+  const dim3 grid(unsigned(Source::both ? high : min(high, max(int64_t(1), 2 * processors() / wide))), unsigned(wide));
   kernel<<<grid, TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
 }
 

@@ -48,6 +48,16 @@ __device__ inline void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorM
                :: "r"(to), "l"(&from), "r"(byte), "r"(row), "r"(barrier), "h"(blocks) : "memory");
 }
 
+// back to memory; what lies outside the matrix is left out. Stores are committed in groups
+__device__ inline void store_box(const CUtensorMap& to, int byte, int row, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+               :: "l"(&to), "r"(byte), "r"(row), "r"(from) : "memory");
+}
+__device__ inline void commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int n> __device__ void wait_for_reads() {                        // of all groups of this thread but the last n
+  asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(n) : "memory");
+}
+
 __device__ inline void writes_before_async() {                             // what threads wrote is seen by TMA and tensor core
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

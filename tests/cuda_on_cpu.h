@@ -20,6 +20,8 @@ test_cuda_on_cpu.py puts this before a .cu and turns each launch into a call of 
 #define __shared__ static                                      // of a kernel: one block runs at a time
 #define cudaFuncSetAttribute(...)
 #define cudaGetLastError() cudaSuccess
+#define cudaGetDevice(device) (*(device) = 0)
+#define cudaDeviceGetAttribute(value, ...) (*(value) = 4)      // multiprocessors: few, so that a block takes many tiles
 #define cudaGetErrorString(error) "no error"
 
 using std::max, std::min;

@@ -4,14 +4,14 @@ when its function returns, a product is summed in double. A barrier counts arriv
 */
 #pragma once
 #include <condition_variable>
+#include <deque>
+#include <functional>
 #include <mutex>
 #include <cuda.h>
 #include "cuda_on_cpu.h"
 
 #define __grid_constant__
 #define __cluster_dims__(...)
-#define cudaGetDevice(device) (*(device) = 0)
-#define cudaDeviceGetAttribute(value, ...) (*(value) = 4)      // multiprocessors: two clusters, each takes many tiles
 #define cudaMemsetAsync(data, value, bytes, stream) memset(data, value, bytes)
 
 inline uint32_t address(const void* p) { return uint32_t((const uint8_t*)p - dynamic_shared); }
@@ -66,6 +66,24 @@ inline void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap& from, i
     if (row + i < m.rows) memcpy(&box[i * m.box_bytes], m.data + (row + i) * m.bytes + byte, m.box_bytes);
   copy_to(blocks, to, box.data(), int(box.size()), full);
 }
+// a store reads shared memory as late as it may: when its thread waits for it
+using Group = std::vector<std::function<void()>>;
+inline thread_local std::deque<Group> leaving(1);              // the last one is not committed yet
+inline void store_box(const CUtensorMap& to, int byte, int row, uint32_t from) {
+  leaving.back().push_back([m = (const Map&)to, byte, row, from] {         // all that are stored to are swizzled
+    for (int i = 0; i < m.box_rows && row + i < m.rows; i++)
+      for (int k = 0; k < 128 && byte + k < m.bytes; k++) {
+        const uint32_t at = from + 128 * i + k;
+        m.data[(row + i) * m.bytes + byte + k] = dynamic_shared[at ^ (at >> 7 & 7) << 4];
+      }
+  });
+}
+inline void commit() { leaving.emplace_back(); }
+template <int n> void wait_for_reads() {
+  for (; leaving.size() > n + 1; leaving.pop_front())
+    for (auto& store : leaving.front()) store();
+}
+inline void writes_before_async() {}
 inline void copy_box(uint32_t to, const CUtensorMap& from, int byte, int row, uint32_t full) { copy_box_to(1 << in_cluster, to, from, byte, row, full); }
 
 }

@@ -163,7 +163,7 @@ def product_is_right(kernels, M, N, K, dtype, masked, splits):
     tiles = [empty(rows, K, format) for rows, format in ((M, LEFT), (N, RIGHT))]
     for packed, rows, (values, scales), right in ((a, M, tiles[0], False), (b, N, tiles[1], True)): call(kernels.folded, *packed, rows, K, right, values, scales)
     mask = torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int() if masked else None
-    out, partial = torch.full((M + 1, N), 77., dtype=dtype), torch.zeros(splits, M, N)
+    out, partial = torch.full((M + 1, N), 77., dtype=dtype), torch.zeros(splits, -(-M // 16) * 16, N)
     call(kernels.hopper, *tiles[0], *tiles[1], M, N, K, 16 / 9, mask, partial, splits, out, bf16)
     exact = reference.gemm(*a, *b, 16 / 9, torch.float32)
     exact = (reference.unrotate(exact, mask, torch.float32) if masked else exact).double()
