@@ -184,10 +184,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   Shared<T>& s = *reinterpret_cast<Shared<T>*>(memory);
   const int64_t k0 = int64_t(blockIdx.y) * SIDE, step = int64_t(gridDim.x) * SIDE;
   const int line = threadIdx.x / 4, part = threadIdx.x % 4;
-  auto next = source.read(M, K, int64_t(blockIdx.x) * SIDE, k0);
-  spread_signs(uint32_t(*how.signs), how.signs_after, format != Format::packed, s);
-  for (int64_t m0 = int64_t(blockIdx.x) * SIDE; m0 < M; m0 += step) {
+  int64_t m0 = int64_t(blockIdx.x) * SIDE;
+  auto next = source.read(M, K, m0, k0);
+  while (true) {
     source.fill(s, next);
+    if (Source::both || m0 < step) spread_signs(uint32_t(*how.signs), how.signs_after, format != Format::packed, s);
     __syncthreads();
     Vector v;
     if constexpr (Source::both) {
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
     const T* column = s.at(32 * part, line);
     UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);
     quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
-    if constexpr (Source::both) break;                                     // its grid has all tiles: no registers are left for a next one
+    if (Source::both || (m0 += step) >= M) break;                          // of both: no registers are left for a next one
     __syncthreads();
   }
 }
