@@ -5,7 +5,8 @@ Every kernel on small ugly shapes, under NVIDIA's compute-sanitizer: bad address
 
 First an error is planted, which memcheck and initcheck have to report; then every call must be clean. Only our kernels are
 watched. Inputs are made on the CPU and outputs copied back to it: no kernel of torch writes what one of ours reads, and
-initcheck sees an output that was not written whole.
+initcheck sees an output that was not written whole. Not of Hopper's product, whose outputs TMA stores: with those
+initcheck came to no end. test_kernels.py has it write into memory full of NaN.
 """
 import glob, itertools, os, shutil, subprocess, sys, time
 import torch
@@ -19,6 +20,7 @@ ops = torch.ops.fp4
 SHAPES = [(1, 32), (33, 160), (100, 544), (3, 1056)]
 OPTIONS = {"memcheck": ["--padding", "4096"], "racecheck": [], "initcheck": []}     # so that overruns hit no neighbour
 PLANTED = {"memcheck": "Invalid __global__", "initcheck": "Uninitialized __global__"}
+TMA = {"gemm", "quantize_gemm", "gemm_unrotate"}              # where the product is gemm_sm90.cu
 NO_KERNEL = {"draw", "uniform", "mm_fp8"}                   # ops that are written in PyTorch
 
 
@@ -50,29 +52,31 @@ def calls(M, K, dtype):
     yield "fold", (codes, scales, 16 / 9)
 
 
-def run(planted):
+def run(tool, planted):
+    """every call, or one with the error that this tool has to report"""
     to = lambda args: [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
-    if planted == "memcheck":
+    if planted and tool == "memcheck":
         x = torch.randn(64, 1024).cuda()
         x.untyped_storage().resize_(4096)                       # 64 rows, memory for one
         ops.quantize_forward(x, "floor")
-    if planted == "initcheck":
+    if planted and tool == "initcheck":
         ops.quantize_forward(torch.empty(64, 1024, device="cuda"), "floor")
-    for M, K in SHAPES if planted is None else ():
+    for M, K in SHAPES if not planted else ():
         for dtype in (torch.float32, torch.bfloat16):
             for name, args in calls(M, K, dtype):
+                if tool == "initcheck" and product.FORMAT == "fp8" and name in TMA: continue
                 out = getattr(ops, name)(*to(args))
                 for t in out if isinstance(out, tuple | list) else [out]: t.cpu()
     torch.cuda.synchronize()
 
 
-def watch(sanitizer, tool, *planted):
+def watch(sanitizer, tool, planted=False):
     """run this file under the tool; is it clean, and what was said"""
     files = [os.path.basename(path).replace(".", "_") for path in glob.glob(os.path.join(HERE, "..", "fp4", "*.cu"))]
     ours = [word for name in files for word in ("--kernel-name", f"kernel_substring={name}")]       # of unnamed namespaces
     done = subprocess.run(
         [sanitizer, "--tool", tool, *OPTIONS[tool], "--error-exitcode", "1", "--report-api-errors", "no",
-         "--target-processes", "application-only", *ours, sys.executable, __file__, "--under", *planted],
+         "--target-processes", "application-only", *ours, sys.executable, __file__, "--under", tool, *["planted"] * planted],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})                  # each tensor its own allocation
     return done.returncode == 0 and "SUMMARY: 0 " in done.stdout, done.stdout
@@ -88,7 +92,7 @@ def main():
         print(f"sanitize: {problem}", file=sys.stderr)
         return 2
     for tool, word in PLANTED.items():
-        said = watch(sanitizer, tool, tool)[1]
+        said = watch(sanitizer, tool, planted=True)[1]
         if word not in said:
             print(f"{said}\nsanitize: {tool} misses a planted error, so what it says would prove nothing", file=sys.stderr)
             return 1
@@ -105,5 +109,5 @@ def main():
 if __name__ == "__main__":
     if "--under" in sys.argv:
         fp4.build()
-        run(sys.argv[2] if len(sys.argv) > 2 else None)
+        run(sys.argv[2], "planted" in sys.argv)
     else: sys.exit(main())

@@ -27,6 +27,15 @@ VALUES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """or 255; what a kernel leaves out shows"""
+    torch.use_deterministic_algorithms(True, warn_only=True)    # of this, only what it does to torch.empty is meant
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def same(got, want):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
