@@ -11,7 +11,7 @@ help:           ## list the targets
 train: kernels pictures ## train the tiny model in FP4 on the default corpus, then let it write: 3 minutes on two cores
 	$(PYTHON) quartet.py --precision fp4 --size tiny
 
-ablation: kernels pictures ## on a GPU every precision with five seeds, into the README; else the tiny model in two: 5 minutes. Goes on where it was stopped
+ablation: kernels pictures ## on a GPU every precision with three seeds, into the README; else the tiny model in two: 5 minutes. Goes on where it was stopped
 	$(PYTHON) -m scaling.study $(ARGS)
 
 law: kernels pictures ## train a small sweep in BF16 and FP4, on a CPU a toy of 3 minutes, and fit the scaling law to it; goes on where it stopped

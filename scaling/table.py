@@ -13,6 +13,9 @@ class Row(NamedTuple):
     gap: float          # to the first row with the same seed: mean, and its standard error
     error: float
     noise: bool         # is the gap below twice its standard error?
+    first: int          # the step of the first evaluation
+    early: float        # the same two at that step: there seeds differ less, as each learns to copy at another step
+    early_error: float
     tokens_per_s: float
     memory: str
 
@@ -22,13 +25,16 @@ def table(runs):
     for run in runs: by_label.setdefault(label(run.config | dict(seed=0)), {})[run.config["seed"]] = run
     first = next(iter(by_label.values()))
     for name, seeds in by_label.items():
-        vals = {seed: run.vals[-1] for seed, run in seeds.items() if not run.diverged}
-        base = {} if seeds is first else {seed: run.vals[-1] for seed, run in first.items() if not run.diverged}
-        gaps = [vals[seed] - base[seed] for seed in vals.keys() & base.keys()]
+        good = {seed: run for seed, run in seeds.items() if not run.diverged}
+        base = {} if seeds is first else {seed: run for seed, run in first.items() if not run.diverged}
         mean = lambda values: statistics.mean(values) if values else None
-        error = statistics.stdev(gaps) / len(gaps) ** .5 if len(gaps) > 1 else None
-        rows.append(Row(name, len(seeds), len(seeds) - len(vals), mean(vals.values()), mean(gaps), error,
-                        error is not None and abs(mean(gaps)) < 2 * error,
+        def gap(at):
+            gaps = [good[seed].vals[at] - base[seed].vals[at] for seed in good.keys() & base.keys()]
+            return mean(gaps), statistics.stdev(gaps) / len(gaps) ** .5 if len(gaps) > 1 else None
+        last, error = gap(-1)
+        rows.append(Row(name, len(seeds), len(seeds) - len(good), mean([run.vals[-1] for run in good.values()]), last, error,
+                        error is not None and abs(last) < 2 * error,
+                        next((row[0] for run in seeds.values() for row in run.history if row[2] is not None), 0), *gap(0),
                         statistics.median(row[3] for run in seeds.values() for row in run.history),
                         next((run.memory for run in seeds.values() if run.memory), "")))
     return rows
@@ -37,14 +43,14 @@ def table(runs):
 def text(rows, jobs):
     """rows as Markdown that can be read in a terminal as well"""
     many = max(row.seeds for row in rows) > 1
-    cells = [["run", "seeds", "val loss", f"gap to {rows[0].run}", "tokens/s", "peak memory"]]
+    cells = [["run", "seeds", "val loss", f"gap to {rows[0].run}", f"after {rows[0].first:,} steps", "tokens/s", "peak memory"]]
+    show = lambda gap, error: "" if gap is None else f"{gap:+.4f}" + ("" if error is None else f" ± {error:.4f}")
     for row in rows:
-        gap, val = "", "diverged" * bool(row.diverged)
-        if row.gap is not None: gap = f"{row.gap:+.4f}"
-        if row.error is not None: gap += f" ± {row.error:.4f}" + " (noise)" * row.noise
+        gap, val = show(row.gap, row.error) + " (noise)" * row.noise, "diverged" * bool(row.diverged)
         if row.diverged and many: val += f" ({row.diverged} of {row.seeds})"
         if row.val is not None: val = f"{val} {row.val:.4f}".strip()
-        cells.append([row.run, str(row.seeds), val, gap, f"{row.tokens_per_s:,.0f}", row.memory or "n/a"])
+        early = show(row.early, row.early_error) if row.first == rows[0].first else ""
+        cells.append([row.run, str(row.seeds), val, gap, early, f"{row.tokens_per_s:,.0f}", row.memory or "n/a"])
     if not many: cells = [line[:1] + line[2:] for line in cells]
     notes = ["A gap is the mean over the seeds, of two runs with the same seed, ± its standard error; "
              "(noise): less than twice that."] * many
