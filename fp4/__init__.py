@@ -15,9 +15,9 @@ from . import reference
 lib = torch.library.Library("fp4", "DEF")
 for schema in (
     "quantize_forward(Tensor x, str scale) -> (Tensor codes, Tensor scales, Tensor mask)",
-    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, bool signs_after, str format)"
+    "quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, str turn, str turn_t, str format)"
         " -> (Tensor a, Tensor a_scales, Tensor at, Tensor at_scales)",
-    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, bool signs_after, str format)"
+    "requantize(Tensor codes, Tensor scales, Tensor signs, Tensor seed, bool stochastic, str turn, str format)"
         " -> (Tensor at, Tensor at_scales)",
     "dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
     "gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float alpha, ScalarType dtype) -> Tensor",
@@ -60,9 +60,9 @@ def operand(like, M, K, format, right=False):
 
 for name, shapes in dict(
     quantize_forward=lambda x, scale: quantised(x),
-    quantize_backward=lambda x, signs, seeds, stochastic, signs_after, format:
+    quantize_backward=lambda x, signs, seeds, stochastic, turn, turn_t, format:
         (*operand(x, *x.shape, format), *operand(x, x.shape[1], padded(x.shape[0]), format)),
-    requantize=lambda codes, scales, signs, seed, stochastic, signs_after, format:
+    requantize=lambda codes, scales, signs, seed, stochastic, turn, format:
         operand(codes, 2 * codes.shape[1], padded(codes.shape[0]), format, right=True),
     dequantize=lambda codes, scales, dtype: codes.new_empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype),
     gemm=lambda a, a_scales, b, b_scales, alpha, dtype: a.new_empty(a.shape[0], b.shape[0], dtype=dtype),

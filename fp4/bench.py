@@ -91,15 +91,15 @@ def kernels(M=16384, K=4096):
     signs, seeds = ops.draw(inputs[0], inputs[0], 2)
     format = fp4.product.FORMAT                                 # of a gradient's operands: on Hopper FP8 tiles
     four, eight, bit = .5 + 1 / 32, 1 + 1 / 32, 1 / 8           # bytes a value
-    out, nearest, stochastic = eight if format == "fp8" else four, (False, False, format), (True, False, format)
+    out, turns, turn = eight if format == "fp8" else four, ("before", "before", format), ("before", format)
     calls = [
         ("copy",                             4,              lambda: to.copy_(x())),
         ("quantise forward",                 2 + four + bit, lambda: ops.quantize_forward(x(), "floor")),
         ("quantise forward, float32 weight", 4 + four + bit, lambda: ops.quantize_forward(weight, "floor")),
-        ("quantise backward, dy and dy.T",   2 + 2 * out,    lambda: ops.quantize_backward(x(), signs, seeds, *nearest)),
-        ("the same, stochastic rounding",    2 + 2 * out,    lambda: ops.quantize_backward(x(), signs, seeds, *stochastic)),
-        ("quantise backward, packed x.T",    four + out,     lambda: ops.requantize(*p(), signs, seeds[:1], *nearest)),
-        ("the same, stochastic rounding",    four + out,     lambda: ops.requantize(*p(), signs, seeds[:1], *stochastic)),
+        ("quantise backward, dy and dy.T",   2 + 2 * out,    lambda: ops.quantize_backward(x(), signs, seeds, False, *turns)),
+        ("the same, stochastic rounding",    2 + 2 * out,    lambda: ops.quantize_backward(x(), signs, seeds, True, *turns)),
+        ("quantise backward, packed x.T",    four + out,     lambda: ops.requantize(*p(), signs, seeds[:1], False, *turn)),
+        ("the same, stochastic rounding",    four + out,     lambda: ops.requantize(*p(), signs, seeds[:1], True, *turn)),
         ("mask and un-rotate",               4 + bit,        lambda: ops.unrotate(x(), mask, torch.bfloat16)),
         ("fold into FP8",                    four + 1,       lambda: ops.fold(*p(), 1.0)),
     ]

@@ -32,9 +32,7 @@ void check_tensor(const Tensor& t, const char* name, int64_t dim, ScalarType dty
 }
 
 // the kernels read 16 bytes at a time
-void check_aligned(const Tensor& t, const char* name) {
-  CHECK(!t.is_cuda() || uintptr_t(t.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes: clone it");
-}
+void check_aligned(const Tensor& t, const char* name) { CHECK(!t.is_cuda() || uintptr_t(t.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes: clone it"); }
 
 void check_blocks(const Tensor& x) {
   const bool ok = x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
@@ -46,9 +44,7 @@ void check_blocks(const Tensor& x) {
 
 void check_scale(const std::string& scale) { CHECK(scale == "floor" || scale == "nearest", "scale must be floor or nearest, got ", scale); }
 
-void check_with(const Tensor& x, const Tensor& t, const char* name) {
-  CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), name, " is on another device");
-}
+void check_with(const Tensor& x, const Tensor& t, const char* name) { CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), name, " is on another device"); }
 
 void check_packed(const Tensor& codes, const Tensor& scales) {
   check_tensor(codes, "codes", 2, ScalarType::Byte), check_tensor(scales, "scales", 2, ScalarType::Byte);
@@ -102,8 +98,7 @@ struct Device {
 };
 
 tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, std::string scale) {
-  check_blocks(x);
-  check_scale(scale);
+  check_blocks(x), check_scale(scale);
   const int64_t M = x.size(0), K = x.size(1);
   Tensor c = codes(x, M, K), s = scales(x, M, K), mask = empty(x, M, K / 32, ScalarType::Int);
   const Device on(x);
@@ -126,26 +121,31 @@ Operand operand(const Tensor& like, int64_t M, int64_t K, Format format) {
   return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, k, format == Format::left ? 128 : 4}, ScalarType::Float)};
 }
 
+Turn turn_of(const std::string& name) {
+  CHECK(name == "before" || name == "after" || name == "none", "turn must be before, after or none, got ", name);
+  return name == "before" ? Turn::before : name == "after" ? Turn::after : Turn::none;
+}
+
 tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const Tensor& signs, const Tensor& seeds,
-                                                        bool stochastic, bool signs_after, std::string name) {
+                                                        bool stochastic, std::string turn, std::string turn_t, std::string name) {
   check_blocks(x), check_random(x, signs, "signs", 1), check_random(x, seeds, "seeds", 2);
   const int64_t M = x.size(0), K = x.size(1);
   const Format format = format_of(name, Format::left);
   const Operand rows = operand(x, M, K, format), columns = operand(x, K, padded(M), format);
   const Device on(x);
-  on->quantize_backward(values(x), M, K, {longs(signs), signs_after, stochastic, format}, longs(seeds), rows.values.data_ptr(),
+  on->quantize_backward(values(x), M, K, {longs(signs), turn_of(turn), turn_of(turn_t), stochastic, format}, longs(seeds), rows.values.data_ptr(),
                         rows.scales.data_ptr(), columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
   return {rows.values, rows.scales, columns.values, columns.scales};
 }
 
 tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor& signs, const Tensor& seed,
-                                 bool stochastic, bool signs_after, std::string name) {
+                                 bool stochastic, std::string turn, std::string name) {
   check_packed(c, s), check_random(c, signs, "signs", 1), check_random(c, seed, "seed", 1);
   const int64_t M = c.size(0), K = 2 * c.size(1);
   const Format format = format_of(name, Format::right);
   const Operand columns = operand(c, K, padded(M), format);
   const Device on(c);
-  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), signs_after, stochastic, format}, longs(seed),
+  on->requantize(bytes(c), bytes(s), M, K, {longs(signs), Turn::none, turn_of(turn), stochastic, format}, longs(seed),
                  columns.values.data_ptr(), columns.scales.data_ptr(), on.stream);
   return {columns.values, columns.scales};
 }

@@ -59,12 +59,12 @@ void quest_blocks(Block<W>& v, bool nearest, const Packed& to, int32_t* mask) {
   for (int w = 0; w < to.n; w++) mask[to.first + w] = keep[w] ? inside[w] : 0;
 }
 
-void absmax_blocks(Block<W>& v, Backward how, uint64_t seed, const Packed& to) {
+void absmax_blocks(Block<W>& v, Backward how, Turn turn, uint64_t seed, const Packed& to) {
   float m[W], factor[W];
   uint8_t code[32][W], scale[W], keep[W];
-  if (!how.signs_after) flip(v, uint32_t(*how.signs));
-  hadamard(v, m);
-  if (how.signs_after) flip(v, uint32_t(*how.signs));
+  if (turn == Turn::before) flip(v, uint32_t(*how.signs));
+  turn == Turn::none ? largest(v, m) : hadamard(v, m);
+  if (turn == Turn::after) flip(v, uint32_t(*how.signs));
   for (int w = 0; w < W; w++) {
     const int e = absmax_exponent(m[w]);
     factor[w] = .75f * pow2(-e), keep[w] = m[w] > 0 && finite(m[w]) ? 255 : 0, scale[w] = finite(m[w]) ? e + 127 : 255;
@@ -98,7 +98,7 @@ void absmax_columns(int64_t M, int64_t K, Backward how, uint64_t seed, uint8_t* 
       const int64_t k = g % across * W, row = g / across * 32;
       Block<W> v = {};
       for (int i = 0; i < 32 && row + i < M; i++) fill(row + i, k, v[i]);
-      absmax_blocks(v, how, seed, {codes, scales, k * down + row / 32, down, W});
+      absmax_blocks(v, how, how.columns, seed, {codes, scales, k * down + row / 32, down, W});
     }
   });
 }
@@ -119,7 +119,7 @@ void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64
     for_groups(M * K / 32, [=](int64_t first, int n) {
       Block<W> v;
       load(x + 32 * first, n, v);
-      absmax_blocks(v, how, seeds[0], {(uint8_t*)codes, (uint8_t*)scales, first, 1, n});
+      absmax_blocks(v, how, how.rows, seeds[0], {(uint8_t*)codes, (uint8_t*)scales, first, 1, n});
     });
     absmax_columns(M, K, how, seeds[1], (uint8_t*)codes_t, (uint8_t*)scales_t, [=](int64_t row, int64_t k, float* v) {
       for (int w = 0; w < W; w++) v[w] = get(x[row * K + k + w]);

@@ -40,11 +40,11 @@ class QuartetMatmul(torch.autograd.Function):
         xc, xs, x_mask = x if len(x) == 3 else ops.quantize_forward(x[0] * 1.0, ctx.recipe.scale)
         dy = dy.contiguous()
         if ctx.recipe.backward:
-            how = ctx.recipe.rounding == "stochastic", ctx.recipe.signs == "after", operands(dy)
+            sr, (dgrad, wgrad), format = ctx.recipe.stochastic, ctx.recipe.turns, operands(dy)
             signs, seeds = ops.draw(dy, xc, 4)                                       # one sign word, four tensors
-            gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], *how)     # dy and dy.T
-            wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], *how)               # wq.T
-            xtc, xts = ops.requantize(xc, xs, signs, seeds[3:], *how)                # xq.T
+            gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], sr, dgrad, wgrad, format)       # dy and dy.T
+            wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], sr, dgrad, format)  # wq.T
+            xtc, xts = ops.requantize(xc, xs, signs, seeds[3:], sr, wgrad, format)   # xq.T
             dx = ops.gemm_unrotate(gc, gs, wtc, wts, x_mask, 16 / 9, dy.dtype)
             dw = ops.gemm_unrotate(gtc, gts, xtc, xts, w_mask, 16 / 9, torch.float32)
         else:

@@ -69,8 +69,18 @@ template <int W> FN void hadamard(Block<W>& v) {
     for (int w = 0; w < W; w++) v[i][w] *= H;
 }
 
-// the same, and m, the largest magnitude: that of a + b and a - b is |a| + |b|, rounding included. These are not negative, so that they
-// compare as integers, where NaN is larger than everything
+// m, the largest magnitude. These are not negative, so that they compare as integers, where NaN is larger than everything
+template <int W> FN void largest(const Block<W>& v, float (&m)[W]) {
+  int32_t top[W] = {};
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < W; w++) {
+      const int32_t size = bits_of(fabsf(v[i][w]));
+      top[w] = size > top[w] ? size : top[w];
+    }
+  for (int w = 0; w < W; w++) m[w] = float_of(top[w]);
+}
+
+// both in one: the larger magnitude of a + b and a - b is |a| + |b|, rounding included
 template <int W> FN void hadamard(Block<W>& v, float (&m)[W]) {
   int32_t top[W] = {};
   UNROLL for (int k = 0; k < 4; k++) butterflies(v, k);

@@ -12,9 +12,11 @@ template <class F> void typed(Values x, F f) { x.bf16 ? f((mxfp4::bfloat16*)x.da
 // an operand of a product: packed; packed, the scales in tiles (scale_tiles.cuh); FP8 tiles (tiles.cuh). All but packed on a GPU only
 enum class Format { packed, mxf4, left, right };
 
+enum class Turn { before, after, none };                      // a block: random signs, then the Hadamard; the opposite; neither
 struct Backward {                                             // how the backward quantiser works
   const int64_t* signs;                                       // low 32 bits; bit i set: negate element i of each block
-  bool signs_after, stochastic;
+  Turn rows, columns;                                         // of x and of x.T
+  bool stochastic;
   Format format;                                              // of the operands it makes
 };
 

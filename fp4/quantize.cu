@@ -68,37 +68,39 @@ template <class T> struct Shared {
   // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
   static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
   uint8_t x[SIDE * PITCH + 4 * SKEW];
-  uint32_t before[32], after[8];                                           // sign bits, where each use wants them
+  struct Signs { uint32_t before[32], after[8]; } of_rows, of_columns;     // sign bits, where each use wants them
   int tops[TILE_THREADS / 32];
   __device__ T* at(int row, int column) {
     return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
   }
 };
 
-template <class T> __device__ void spread_signs(uint32_t signs, bool signs_after, bool tiles, Shared<T>& s) {
-  const int i = threadIdx.x;
-  const auto bit = [=](bool wanted, int j) { return wanted ? signs >> j & 1 : 0; };
-  if (i < 32) s.before[i] = bit(!signs_after, i) << 31;
+// what a warp does once for its block
+template <class Signs> __device__ void spread(uint32_t signs, Turn turn, bool tiles, Signs& to) {
+  const int i = threadIdx.x % 32;
+  const auto bit = [=](Turn where, int j) { return turn == where ? signs >> j & 1 : 0; };
+  to.before[i] = bit(Turn::before, i) << 31;
   if (i < 8) {                                                             // bit 7 of each byte, or bit 3 of each code
     uint32_t word = 0;
     for (int j = 0; j < (tiles ? 4 : 8); j++)
-      if ((tiles || i < 4) && bit(signs_after, (tiles ? 4 : 8) * i + j)) word |= tiles ? 0x80u << 8 * j : 8u << 4 * j;
-    s.after[i] = word;
+      if ((tiles || i < 4) && bit(Turn::after, (tiles ? 4 : 8) * i + j)) word |= tiles ? 0x80u << 8 * j : 8u << 4 * j;
+    to.after[i] = word;
   }
 }
 
 // v, part threadIdx.x % 4 of line threadIdx.x / 4 of the output's tile at (row, column) -> memory
-template <Format format, bool random, class T>
-__device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, const Operand& to, Shared<T>& s) {
+template <Format format, bool random>
+__device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64_t row, int64_t column, uint64_t seed, const Operand& to,
+                         int (&tops)[TILE_THREADS / 32]) {
   float m[1];
   Pairs h;
-  hadamard(v, m);
+  turn == Turn::none ? largest(v, m) : hadamard(v, m);
   const int line = threadIdx.x / 4, part = threadIdx.x % 4, e = absmax_exponent(m[0]);
   const bool ok = finite(m[0]), counts = ok && m[0] > 0;
   const int64_t block = (row + line) * to.blocks + column / 32 + part;
   if constexpr (format != Format::packed) {
     constexpr bool right = format == Format::right;
-    const int scale = shared_scale<right>(counts ? e : NONE, s.tops);
+    const int scale = shared_scale<right>(counts ? e : NONE, tops);
     const float one = ok ? 1 : float_of(0x7FC00000u), factor = one * .75f * pow2(-scale), unit = pow2(counts ? max(e - scale, -60) : 0);
     uint32_t word[8];
     if (random) {
@@ -108,7 +110,7 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
       UNROLL for (int i = 0; i < 32; i++) v[i][0] = nearest(v[i][0] * factor, unit);
       UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
     }
-    UNROLL for (int i = 0; i < 8; i++) word[i] ^= s.after[i];
+    UNROLL for (int i = 0; i < 8; i++) word[i] ^= after[i];
     const int64_t tile = row / SIDE * (unsigned(to.blocks + 3) / 4) + column / SIDE;
     store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else {
@@ -118,7 +120,7 @@ __device__ void quantize(Vector& v, int64_t row, int64_t column, uint64_t seed, 
     if (!inside) return;
     if (random) stochastic(v, .75f * pow2(-e) * UNIT, seed, block, h);
     const uint4 q = random ? nibbles(h) : nearest<false>(v, .75f * pow2(-e) * ONE);
-    ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ s.after[0], q.y ^ s.after[1], q.z ^ s.after[2], q.w ^ s.after[3]) : make_uint4(0, 0, 0, 0);
+    ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ after[0], q.y ^ after[1], q.z ^ after[2], q.w ^ after[3]) : make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -188,17 +190,20 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   auto next = source.read(M, K, m0, k0);
   while (true) {
     source.fill(s, next);
-    if (Source::both || m0 < step) spread_signs(uint32_t(*how.signs), how.signs_after, format != Format::packed, s);
+    if (Source::both || m0 < step) {
+      if (threadIdx.x < 32) spread(uint32_t(*how.signs), how.columns, format != Format::packed, s.of_columns);
+      else if (Source::both && threadIdx.x < 64) spread(uint32_t(*how.signs), how.rows, format != Format::packed, s.of_rows);
+    }
     __syncthreads();
     Vector v;
     if constexpr (Source::both) {
-      load(s.at(line, 32 * part), v, s.before);
-      quantize<format, random>(v, m0, k0, seeds[0], rows, s);
+      load(s.at(line, 32 * part), v, s.of_rows.before);
+      quantize<format, random>(v, how.rows, s.of_rows.after, m0, k0, seeds[0], rows, s.tops);
       asm volatile("" ::: "memory");                                       // the signs are read again, not kept in registers
     } else next = source.read(M, K, m0 + step, k0);
     const T* column = s.at(32 * part, line);
-    UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.before[i]);
-    quantize<format, random>(v, k0, m0, seeds[Source::both], columns, s);
+    UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.of_columns.before[i]);
+    quantize<format, random>(v, how.columns, s.of_columns.after, k0, m0, seeds[Source::both], columns, s.tops);
     if (Source::both || (m0 += step) >= M) break;                          // of both: no registers are left for a next one
     __syncthreads();
   }

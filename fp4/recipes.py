@@ -33,16 +33,17 @@ class Recipe(NamedTuple):
     def kernels(self):
         """do the MXFP4 kernels (linear.py's QuartetMatmul) compute exactly this?"""
         forward = [QUEST._replace(scale=s) for s in ("floor", "nearest")]
-        backward = [p._replace(signs=s) for s in ("before", "after") for p in (ABSMAX, STOCHASTIC)]
-        return self.forward in forward and self.dgrad == self.wgrad and self.dgrad in [None, *backward]
+        turned = (32, "before"), (32, "after"), (0, "none")
+        backward = [[p._replace(rotation=n, signs=s) for n, s in turned] for p in (ABSMAX, STOCHASTIC)]
+        return self.forward in forward and any(self.dgrad in ps and self.wgrad in ps for ps in ([None], *backward))
 
     quantised = property(lambda self: any(self))
     multiple  = property(lambda self: 32 if self.kernels else 16 if self.quantised else 1)   # of the features
     # the columns as QuartetMatmul knows them
-    scale    = property(lambda self: self.forward.scale)
-    backward = property(lambda self: self.dgrad is not None)
-    rounding = property(lambda self: self.dgrad.rounding if self.dgrad else "nearest")
-    signs    = property(lambda self: self.dgrad.signs if self.dgrad else "before")
+    scale      = property(lambda self: self.forward.scale)
+    backward   = property(lambda self: self.dgrad is not None)
+    stochastic = property(lambda self: self.dgrad.rounding == "stochastic")
+    turns      = property(lambda self: (self.dgrad.signs, self.wgrad.signs))     # "none": not rotated either
 
 
 QUEST = Product("mxfp4", "floor", 32, "none")                       # Quartet's forward product, and its backward ones

@@ -111,28 +111,28 @@ def quantize_forward(x, scale):
     u = v * pow2(-e)
     return *pack(round_nearest(u), e, finite), bits((u.abs() < 6) & finite)
 
-def absmax(x, signs, seed, stochastic, signs_after):
+def absmax(x, signs, seed, stochastic, turn):
     """the backward quantiser: room for the largest value, and 3/4 so that it never clips"""
-    xi = 1 - 2 * (signs >> torch.arange(32, device=x.device) & 1)          # bit i set: negate element i
-    v = hadamard(blocks(x)) * xi if signs_after else hadamard(blocks(x) * xi)
+    v, xi = blocks(x), 1 - 2 * (signs >> torch.arange(32, device=x.device) & 1)        # bit i set: negate element i
+    v = hadamard(v * xi) if turn == "before" else hadamard(v) * xi if turn == "after" else v
     largest = v.abs().amax(-1, True)
     e = torch.where(largest == 0, 0, (floor_log2(largest) - 2).clamp(-127, 127))
     u = v * (.75 * pow2(-e))
     code = round_stochastic(u, noise(seed, u.numel()).view_as(u)) if stochastic else round_nearest(u)
     return pack(torch.where(largest == 0, 0, code), e, largest.isfinite())
 
-def quantize_backward(x, signs, seeds, stochastic, signs_after, format="packed"):
-    """x [M, K] -> packed [M, K], and packed x.T [K, M] with M padded with zeros to a multiple of 32.
-    signs int64 [1]: 32 sign bits; seeds int64 [2]: of the one and of the other"""
+def quantize_backward(x, signs, seeds, stochastic, turn, turn_t, format="packed"):
+    """x [M, K] -> packed [M, K], and packed x.T [K, M] with M padded with zeros to a multiple of 32. signs int64 [1]: 32 sign
+    bits; seeds int64 [2], turn, turn_t: of the one and of the other; "before" or "after": signs, and a rotation; "none": neither"""
     check(format == "packed", f"format {format} is for the kernels of a GPU")
     xt = F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T
-    return *absmax(x, signs, seeds[0], stochastic, signs_after), *absmax(xt, signs, seeds[1], stochastic, signs_after)
+    return *absmax(x, signs, seeds[0], stochastic, turn), *absmax(xt, signs, seeds[1], stochastic, turn_t)
 
-def requantize(codes, scales, signs, seed, stochastic, signs_after, format="packed"):
+def requantize(codes, scales, signs, seed, stochastic, turn, format="packed"):
     """packed [M, K] -> packed transpose [K, M], as quantize_backward makes it; seed int64 [1]"""
     check(format == "packed", f"format {format} is for the kernels of a GPU")
     x = dequantize(codes, scales, torch.float32)
-    return absmax(F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T, signs, seed, stochastic, signs_after)
+    return absmax(F.pad(x, (0, 0, 0, -x.shape[0] % 32)).T, signs, seed, stochastic, turn)
 
 def gemm(a, a_scales, b, b_scales, alpha, dtype):
     """packed [M, K], [N, K] -> alpha * a @ b.T [M, N]; float64 makes every product and sum exact enough"""

@@ -37,9 +37,9 @@ def calls(M, K, dtype):
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
     for scale in ("floor", "nearest"): yield "quantize_forward", (x, scale)
-    for how in itertools.product((False, True), (False, True), ("packed", "fp8", "mxf4")):      # stochastic, signs after
-        yield "quantize_backward", (x, signs, seeds[:2], *how)
-        yield "requantize", (codes, scales, signs, seeds[2:], *how)
+    for stochastic, turn, format in itertools.product((False, True), ("before", "after", "none"), ("packed", "fp8", "mxf4")):
+        yield "quantize_backward", (x, signs, seeds[:2], stochastic, turn, turn, format)
+        yield "requantize", (codes, scales, signs, seeds[2:], stochastic, turn, format)
     for out in (torch.float32, torch.bfloat16):
         yield "dequantize", (codes, scales, out)
         yield "unrotate", (x, mask, out)

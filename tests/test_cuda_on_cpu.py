@@ -11,6 +11,7 @@ FP4 = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "fp4")
 TOOLKIT = next((d for d in ("/usr/local/cuda", os.path.dirname(os.path.dirname(shutil.which("nvcc") or ""))) if os.path.exists(f"{d}/include/cuda_fp8.h")), None)
 pytestmark = pytest.mark.skipif(not TOOLKIT or not shutil.which("g++"), reason="no CUDA toolkit, whose headers this needs")
 PACKED, MXF4, LEFT, RIGHT = range(4)                           # Format in ops.h
+TURNS = "before", "after", "none"                               # Turn in ops.h
 
 CALLS = '''
 extern "C" {
@@ -18,13 +19,13 @@ void forward(void* x, bool bf16, int64_t M, int64_t K, bool nearest, uint8_t* co
   if (format) quantize_forward_operand({x, bf16}, M, K, nearest, codes, scales, mask, Format(format), values, tile_scales, nullptr);
   else cuda.quantize_forward({x, bf16}, M, K, nearest, codes, scales, mask, nullptr);
 }
-void backward(void* x, bool bf16, int64_t M, int64_t K, const int64_t* signs, const int64_t* seeds, bool stochastic, bool after, int format,
+void backward(void* x, bool bf16, int64_t M, int64_t K, const int64_t* signs, const int64_t* seeds, bool stochastic, int turn, int turn_t, int format,
               void* a, void* a_scales, void* t, void* t_scales) {
-  cuda.quantize_backward({x, bf16}, M, K, {signs, after, stochastic, Format(format)}, seeds, a, a_scales, t, t_scales, nullptr);
+  cuda.quantize_backward({x, bf16}, M, K, {signs, Turn(turn), Turn(turn_t), stochastic, Format(format)}, seeds, a, a_scales, t, t_scales, nullptr);
 }
-void packed(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, const int64_t* signs, const int64_t* seed, bool stochastic, bool after,
+void packed(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, const int64_t* signs, const int64_t* seed, bool stochastic, int turn,
             int format, void* t, void* t_scales) {
-  cuda.requantize(codes, scales, M, K, {signs, after, stochastic, Format(format)}, seed, t, t_scales, nullptr);
+  cuda.requantize(codes, scales, M, K, {signs, Turn::none, Turn(turn), stochastic, Format(format)}, seed, t, t_scales, nullptr);
 }
 void values(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, void* x, bool bf16) { cuda.dequantize(codes, scales, M, K, {x, bf16}, nullptr); }
 void back(void* d, bool bf16, const int32_t* mask, int64_t M, int64_t K, void* x, bool to_bf16) { cuda.unrotate({d, bf16}, mask, M, K, {x, to_bf16}, nullptr); }
@@ -118,13 +119,14 @@ def wrong(kernels, M, K, dtype):
         if not (all(map(torch.equal, got, (codes, scales, mask))) and same_operand(operand, (codes, scales), format, zeros)): found.append(("forward", scale, format))
     signs, seeds = reference.draw(x, x, 3)
     codes, scales, _ = reference.quantize_forward(x, "floor")
-    for stochastic, after, fp8 in itertools.product((False, True), (False, True), (PACKED, MXF4, LEFT)):
+    for stochastic, how, fp8 in itertools.product((False, True), (("before", "before"), ("after", "none"), ("none", "after")), (PACKED, MXF4, LEFT)):
+        turn, turn_t = map(TURNS.index, how)
         rows, columns, turned = empty(M, K, fp8), empty(K, -(-M // 32) * 32, fp8), empty(K, -(-M // 32) * 32, right := RIGHT if fp8 == LEFT else fp8)
-        call(kernels.backward, x, bf16, M, K, signs, seeds, stochastic, after, fp8, *rows, *columns)
-        call(kernels.packed, codes, scales, M, K, signs, seeds[2:].clone(), stochastic, after, right, *turned)
-        want = reference.quantize_backward(x, signs, seeds[:2], stochastic, after, "packed")
-        if not (same_operand(rows, want[:2], fp8) and same_operand(columns, want[2:], fp8)): found.append(("backward", stochastic, after, fp8))
-        if not same_operand(turned, reference.requantize(codes, scales, signs, seeds[2:], stochastic, after, "packed"), right): found.append(("packed", stochastic, after, right))
+        call(kernels.backward, x, bf16, M, K, signs, seeds, stochastic, turn, turn_t, fp8, *rows, *columns)
+        call(kernels.packed, codes, scales, M, K, signs, seeds[2:].clone(), stochastic, turn, right, *turned)
+        want = reference.quantize_backward(x, signs, seeds[:2], stochastic, *how)
+        if not (same_operand(rows, want[:2], fp8) and same_operand(columns, want[2:], fp8)): found.append(("backward", stochastic, how, fp8))
+        if not same_operand(turned, reference.requantize(codes, scales, signs, seeds[2:], stochastic, how[0]), right): found.append(("packed", stochastic, how[0], right))
     return found
 
 
@@ -179,7 +181,8 @@ def test_hoppers_product_is_the_exact_one_rounded_once(kernels, M, N, K, dtype, 
 
 @pytest.mark.parametrize("mistake", [
     ("round.cuh", "1.5f * unit", "unit"),
-    ("quantize.cu", "s.before[i]);", "0);"),
+    ("quantize.cu", "s.of_columns.before[i]);", "0);"),
+    ("quantize.cu", "how.rows, s.of_rows.after", "how.columns, s.of_rows.after"),
     ("mxfp4.cuh", "sum > top[w] ? sum : top[w]", "sum < top[w] ? sum : top[w]"),
     ("tiles.cuh", "(line & 7)", "(line & 3)"),
 ])

@@ -12,7 +12,7 @@ fp4.build()
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def quantised(x): return ops.quantize_backward(x, *ops.draw(x, x, 2), False, True, "packed")
+def quantised(x): return ops.quantize_backward(x, *ops.draw(x, x, 2), False, "after", "after", "packed")
 
 
 @gpu
@@ -60,17 +60,17 @@ def test_a_layer_can_be_captured_in_a_cuda_graph_and_draws_fresh_signs_at_each_r
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("tokens", [1, 200])
-@pytest.mark.parametrize("precision", ["fp4", "fp4-sr"])
-def test_a_layer_is_the_one_of_the_definition_with_the_same_draws(precision, tokens, device):
-    layer, F32 = fp4.Linear(96, 160, precision).to(device), torch.float32
+@pytest.mark.parametrize("precision, rotation", [("fp4", "32"), ("fp4-sr", "32"), ("fp4", "32:none:32")])
+def test_a_layer_is_the_one_of_the_definition_with_the_same_draws(precision, rotation, tokens, device):
+    layer, F32 = fp4.Linear(96, 160, precision, rotation=rotation).to(device), torch.float32
     x, dy = torch.randn(tokens, 96, device=device, requires_grad=True), torch.randn(tokens, 160, device=device)
     torch.manual_seed(1)
     got = layer(x), *torch.autograd.grad(layer(x), (x, layer.weight), dy)
     torch.manual_seed(1)
-    (signs, seeds), how = [t.cpu() for t in reference.draw(dy, x, 4)], (precision == "fp4-sr", False)
+    (signs, seeds), sr, (dgrad, wgrad) = [t.cpu() for t in reference.draw(dy, x, 4)], layer.recipe.stochastic, layer.recipe.turns
     xq, wq = (reference.quantize_forward(t.detach().cpu(), "floor") for t in (x, layer.weight))
-    g = reference.quantize_backward(dy.cpu(), signs, seeds[:2], *how)
-    w, xt = reference.requantize(*wq[:2], signs, seeds[2:3], *how), reference.requantize(*xq[:2], signs, seeds[3:], *how)
+    g = reference.quantize_backward(dy.cpu(), signs, seeds[:2], sr, dgrad, wgrad)
+    w, xt = reference.requantize(*wq[:2], signs, seeds[2:3], sr, dgrad), reference.requantize(*xq[:2], signs, seeds[3:], sr, wgrad)
     want = (reference.gemm(*xq[:2], *wq[:2], 1.0, F32), reference.unrotate(reference.gemm(*g[:2], *w, 16 / 9, F32), xq[2], F32),
             reference.unrotate(reference.gemm(*g[2:], *xt, 16 / 9, F32), wq[2], F32))
     for a, b in zip(got, want): assert a.shape == b.shape and (a.cpu() - b).norm() <= 1e-4 * b.norm()
@@ -135,14 +135,14 @@ def test_no_block_of_a_real_training_run_falls_out_of_the_window(device, monkeyp
         y, codes, scales, mask = ops.quantize_gemm(x, scale, w, w_scales)
         count("forward", (codes, scales)), count("forward", (w, w_scales), True)
         return y, codes, scales, mask
-    def backward(dy, signs, seeds, stochastic, after, format):
-        packed = ops.quantize_backward(dy, signs, seeds, stochastic, after, "packed")
+    def backward(dy, *how):
+        packed = ops.quantize_backward(dy, *how[:-1], "packed")
         count("backward", packed[:2]), count("backward", packed[2:])
-        return ops.quantize_backward(dy, signs, seeds, stochastic, after, format)
-    def requantize(codes, scales, signs, seed, stochastic, after, format):
-        packed = ops.requantize(codes, scales, signs, seed, stochastic, after, "packed")
+        return ops.quantize_backward(dy, *how)
+    def requantize(codes, scales, *how):
+        packed = ops.requantize(codes, scales, *how[:-1], "packed")
         count("requantize", packed, True)
-        return ops.requantize(codes, scales, signs, seed, stochastic, after, format)
+        return ops.requantize(codes, scales, *how)
     watched = dict(quantize_gemm=forward, quantize_backward=backward, requantize=requantize)
     spy = types.SimpleNamespace(**watched, **{n: getattr(ops, n) for n in ("quantize_forward", "draw", "gemm_unrotate", "unrotate", "dequantize")})
     for step in range(25):

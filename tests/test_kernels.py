@@ -10,6 +10,7 @@ ops = torch.ops.fp4
 pytestmark = pytest.mark.skipif(HOW.startswith("reference"), reason="no compiler on this machine")
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+HOW_BACKWARD = [(stochastic, *turns) for stochastic in (False, True) for turns in (("before", "before"), ("after", "none"), ("none", "after"))]
 SHAPES = [(1, 32), (3, 96), (33, 160), (64, 32), (31, 1024), (100, 544)]
 VALUES = {
     "normal":       lambda x: x,
@@ -64,9 +65,9 @@ def test_each_op_gives_the_bytes_of_the_definition(x, device):
     for scale in ("floor", "nearest"): check("quantize_forward", x, scale)
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
-    for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
-        check("quantize_backward", x, signs, seeds[:2], *how, "packed")
-        check("requantize", codes, scales, signs, seeds[2:], *how, "packed")
+    for stochastic, turn, turn_t in HOW_BACKWARD:
+        check("quantize_backward", x, signs, seeds[:2], stochastic, turn, turn_t, "packed")
+        check("requantize", codes, scales, signs, seeds[2:], stochastic, turn, "packed")
     for dtype in (torch.float32, torch.bfloat16):
         check("dequantize", codes, scales, dtype)
         check("unrotate", x, mask, dtype)
@@ -111,11 +112,12 @@ def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, format, sam
     packed = reference.quantize_forward(x, "floor")[:2]
     signs, seeds = reference.draw(x, x, 3)
     on_gpu = lambda *tensors: [t.cuda() for t in tensors]
-    for how in ((False, False), (False, True), (True, False), (True, True)):                    # stochastic, signs after
+    for stochastic, turn, turn_t in HOW_BACKWARD:
+        how = stochastic, turn, turn_t
         got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, format), reference.quantize_backward(x, signs, seeds[:2], *how)
         same_operand(got[:2], want[:2])
         same_operand(got[2:], want[2:])
-        same_operand(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how, format), reference.requantize(*packed, signs, seeds[2:], *how), True)
+        same_operand(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how[:2], format), reference.requantize(*packed, signs, seeds[2:], *how[:2]), True)
 
 
 PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
@@ -192,7 +194,8 @@ def test_folding_into_fp8_changes_no_value_within_15_octaves():
 def test_an_op_takes_no_matrix_it_would_misread():
     x = torch.randn(64, 64)
     with pytest.raises(RuntimeError, match="contiguous"): ops.quantize_forward(x.T, "floor")
-    with pytest.raises(RuntimeError, match="seeds must have 2"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(3).long(), False, False, "packed")
-    with pytest.raises(RuntimeError, match="tiles are for a GPU"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, False, "mxf4")
-    with pytest.raises(RuntimeError, match="format must be"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, False, "bf16")
+    with pytest.raises(RuntimeError, match="seeds must have 2"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(3).long(), False, "before", "before", "packed")
+    with pytest.raises(RuntimeError, match="tiles are for a GPU"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, "before", "before", "mxf4")
+    with pytest.raises(RuntimeError, match="format must be"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, "before", "before", "bf16")
+    with pytest.raises(RuntimeError, match="turn must be"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, "before", "up", "packed")
     with pytest.raises(RuntimeError, match="mask"): ops.unrotate(x, torch.zeros(64, 3, dtype=torch.int32), torch.float32)

@@ -39,22 +39,23 @@ def test_gradients_are_autograds_when_the_quantiser_is_the_identity(monkeypatch)
     assert torch.allclose(dx, dy @ layer.weight, atol=1e-10) and torch.allclose(dw, dy.T @ x, atol=1e-10)
 
 
-@pytest.mark.parametrize("precision", ON_KERNELS)
+@pytest.mark.parametrize("precision, axes", [*((name, {}) for name in ON_KERNELS), ("fp4", dict(rotation="32:none:32")), ("fp4-sr", dict(rotation="32:32:none"))])
 @pytest.mark.parametrize("tokens", [1, 40, 64])
-def test_the_layer_is_the_algorithm_of_the_paper_written_out(precision, tokens):
-    layer, x, dy = layer_and_input(tokens=tokens, precision=precision)
+def test_the_layer_is_the_algorithm_of_the_paper_written_out(precision, axes, tokens):
+    layer, x, dy = layer_and_input(tokens=tokens, precision=precision, **axes)
     row = layer.recipe
     torch.manual_seed(7)
     dx, dw = gradients(layer, x, dy)
     torch.manual_seed(7)
-    Q = lambda x, signs, seed: reference.dequantize(*reference.absmax(x, signs, seed, row.rounding == "stochastic", row.signs == "after"), torch.float64)
+    Q = lambda x, turn, seed: reference.dequantize(*reference.absmax(x, signs, seed, row.stochastic, turn), torch.float64)
     (xc, xs, xm), (wc, ws, wm) = (reference.quantize_forward(t.detach(), row.scale) for t in (x, layer.weight))
     X, W = reference.dequantize(xc, xs, torch.float32), reference.dequantize(wc, ws, torch.float32)
     if row.backward:
         signs, seeds = reference.draw(x, x, 4)
         up = lambda t: torch.nn.functional.pad(t, (0, -t.shape[1] % 32))
-        dX = 16 / 9 * Q(dy, signs, seeds[0]) @ Q(W.T, signs, seeds[2]).T
-        dW = 16 / 9 * Q(up(dy.T), signs, seeds[1]) @ Q(up(X.T), signs, seeds[3]).T
+        dgrad, wgrad = row.turns
+        dX = 16 / 9 * Q(dy, dgrad, seeds[0]) @ Q(W.T, dgrad, seeds[2]).T
+        dW = 16 / 9 * Q(up(dy.T), wgrad, seeds[1]) @ Q(up(X.T), wgrad, seeds[3]).T
     else:
         dX, dW = dy.double() @ W.double(), dy.T.double() @ X.double()
     want = reference.unrotate(dX.float(), xm, torch.float32), reference.unrotate(dW.float(), wm, torch.float32)
@@ -83,8 +84,8 @@ def bits_gained(rounding, signs="before"):
     packed = ops.quantize_forward(layer.weight.detach(), "floor")
     for n in range(1, 1025):
         s, seeds = ops.draw(dy, dy, 4)
-        how = rounding == "stochastic", signs == "after", "packed"
-        g, w = ops.quantize_backward(dy, s, seeds[:2], *how)[:2], ops.requantize(*packed[:2], s, seeds[2:3], *how)
+        sr = rounding == "stochastic"
+        g, w = ops.quantize_backward(dy, s, seeds[:2], sr, signs, signs, "packed")[:2], ops.requantize(*packed[:2], s, seeds[2:3], sr, signs, "packed")
         total = total + ops.gemm(*g, *w, 16 / 9, torch.float32).double()
         if n in (1, 4, 16, 64, 256, 1024):
             bits.append(-torch.log2((total / n - exact).norm() / exact.norm()).item())

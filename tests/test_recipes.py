@@ -302,7 +302,8 @@ def test_every_axis_is_a_flag_and_names_the_run():
 
 # ---- emulation and kernels
 
-@pytest.mark.parametrize("axes", [dict(signs="after"), dict(signs="after", scale="nearest"), dict(dgrad="off", wgrad="off")])
+@pytest.mark.parametrize("axes", [dict(signs="after"), dict(signs="after", scale="nearest"), dict(dgrad="off", wgrad="off"),
+                                  dict(rotation="32:none:none"), dict(rotation="32:none:32", signs="none:none:after")])
 def test_the_emulation_of_what_the_kernels_compute_agrees_with_them(axes):
     x, w, dy = data()                                           # signs after the Hadamard cancel: nothing is random
     row = fp4.recipe("fp4", **axes)

@@ -42,7 +42,7 @@ def test_the_backward_quantiser_equals_the_published_one_bit_for_bit_but_for_tie
     rotation = lambda v: reference.butterfly(v, lambda a, b: (a + b, a - b)) * 0.1767578125
     monkeypatch.setattr(reference, "hadamard", rotation if rotated else lambda v: v)
     x, tag = torch.tensor(GOLDEN[f"{case}.x"]), "" if rotated else "_norot"
-    codes, scales = reference.absmax(x, NO_SIGNS, None, False, False)
+    codes, scales = reference.absmax(x, NO_SIGNS, None, False, "before")
     y = reference.dequantize(codes, scales, torch.float32) * (4 / 3)
     u = reference.hadamard(reference.blocks(x)) * .75 / reference.pow2(scales.int() - 127)[..., None]
     differ = y.bfloat16().float() != torch.tensor(GOLDEN[f"{case}.rtn{tag}"])
@@ -95,7 +95,7 @@ def test_one_block_by_hand():
     x[0, 0] = 8
     codes, scales, mask = reference.quantize_forward(x, "floor")
     assert codes.tolist() == [[0x77] * 16] and scales.tolist() == [[100]] and mask.tolist() == [[0]]
-    codes, scales = reference.absmax(x, NO_SIGNS, None, False, False)
+    codes, scales = reference.absmax(x, NO_SIGNS, None, False, "before")
     assert codes.tolist() == [[0x66] * 16] and scales.tolist() == [[125]]
 
 
@@ -124,7 +124,7 @@ def test_the_forward_quantisers_error_is_the_one_of_the_table(scale, expected):
 @pytest.mark.parametrize("stochastic, expected", [(False, 1.366e-2), (True, 2.778e-2)])
 def test_the_backward_quantisers_error_is_the_one_of_the_table(stochastic, expected):
     def quantise(x, i):
-        packed = ops.quantize_backward(x, NO_SIGNS, torch.tensor([i, 0]), stochastic, False, "packed")[:2]
+        packed = ops.quantize_backward(x, NO_SIGNS, torch.tensor([i, 0]), stochastic, "before", "before", "packed")[:2]
         return ops.dequantize(*packed, torch.float32) * (4 / 3)
     error = octave_error(quantise)
     assert abs(error / expected - 1) <= .01, error
@@ -133,9 +133,9 @@ def test_the_backward_quantisers_error_is_the_one_of_the_table(stochastic, expec
 def test_the_wrong_side_signs_randomise_nothing():
     "signs after the Hadamard only flip the signs of codes; before it they change what is rounded"
     x, other = torch.randn(8, 96), torch.tensor([0x5A5A1234])
-    magnitude = lambda signs, after: reference.absmax(x, signs, None, False, after)[0] & 0x77
-    assert torch.equal(magnitude(NO_SIGNS, True), magnitude(other, True))
-    assert not torch.equal(magnitude(NO_SIGNS, False), magnitude(other, False))
+    magnitude = lambda signs, turn: reference.absmax(x, signs, None, False, turn)[0] & 0x77
+    assert torch.equal(magnitude(NO_SIGNS, "after"), magnitude(other, "after"))
+    assert not torch.equal(magnitude(NO_SIGNS, "before"), magnitude(other, "before"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
@@ -148,7 +148,7 @@ def test_what_is_not_finite_reaches_every_output(bad):
     w = reference.quantize_forward(torch.randn(32, 64), "floor")
     product = reference.gemm(codes, scales, *w[:2], 1.0, torch.bfloat16)
     assert product[3:5].isnan().all() and product.isfinite().sum() == 38 * 32
-    c, s, ct, st = reference.quantize_backward(x, NO_SIGNS, torch.zeros(2, dtype=torch.int64), False, False)
+    c, s, ct, st = reference.quantize_backward(x, NO_SIGNS, torch.zeros(2, dtype=torch.int64), False, "before", "before")
     assert reference.dequantize(c, s, torch.float32)[3:5, :32].isnan().all()
     assert reference.dequantize(ct, st, torch.float32)[5:7, :32].isnan().all()
 
