@@ -22,7 +22,7 @@ is five additions; to round, see round.cuh.
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, TILE_THREADS = 4 * SIDE;                      // a thread a block of 32; so many in 128 x 128
 
 // ---- the forward quantiser
 struct Packed { uint8_t *codes, *scales; int32_t* mask; };
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const T* __restrict__ 
   if (format == Format::mxf4) ((uint8_t*)to.scales)[tiled(row, at, blocks)] = ok ? e + 127 : 255;          // the whole tile
 }
 
-// ---- the backward quantiser, on tiles of 128 rows and a source's WIDTH; a thread a block of 32
+// ---- the backward quantiser, on tiles of 128 x 128
 
 struct Operand {                                                           // [rows, 32 * blocks]
   void *values, *scales;
@@ -64,12 +64,12 @@ struct Operand {                                                           // [r
   bool scale_tiles;                                                        // the scales of a packed one
 };
 
-template <class T, int WIDTH> struct Shared {
+template <class T> struct Shared {
   // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
-  static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = WIDTH / 32 * GROUP, SKEW = 8 * sizeof(T);
+  static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
   uint8_t x[SIDE * PITCH + 4 * SKEW];
   struct Signs { uint32_t before[32], after[8]; } of_rows, of_columns;     // sign bits, where each use wants them
-  int tops[WIDTH / 8];                                                     // a warp's
+  int tops[TILE_THREADS / 32];
   __device__ T* at(int row, int column) {
     return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
   }
@@ -88,10 +88,10 @@ template <class Signs> __device__ void spread(uint32_t signs, Turn turn, bool ti
   }
 }
 
-// v, part threadIdx.x % 4 of line threadIdx.x / 4 from (row, column) of the output on -> memory
+// v, part threadIdx.x % 4 of line threadIdx.x / 4 of the output's tile at (row, column) -> memory
 template <Format format, bool random>
 __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64_t row, int64_t column, uint64_t seed, const Operand& to,
-                         int* tops) {
+                         int (&tops)[TILE_THREADS / 32]) {
   float m[1];
   Pairs h;
   turn == Turn::none ? largest(v, m) : hadamard(v, m);
@@ -112,7 +112,7 @@ __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64
     }
     UNROLL for (int i = 0; i < 8; i++) word[i] ^= after[i];
     const int64_t tile = row / SIDE * (unsigned(to.blocks + 3) / 4) + column / SIDE;
-    store_line<right>(word, int(row % SIDE) + line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
+    store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else {
     const bool inside = row + line < to.rows && column / 32 + part < to.blocks;
     const int64_t place = to.scale_tiles ? tiled(row + line, column / 32 + part, to.blocks) : block;
@@ -133,7 +133,7 @@ template <class T> struct Matrix {
   using Element = T;
   const T* x;
   static constexpr bool both = true;                                       // the operand of dy itself is wanted too
-  static constexpr int WIDTH = SIDE, N = 16 / sizeof(T), ROWS = 4 * N, STEPS = SIDE / ROWS;            // 16 bytes a thread and step
+  static constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;      // 16 bytes a thread and step
   struct Read { uint4 q[STEPS]; };
   __device__ Read read(int64_t M, int64_t K, int64_t m0, int64_t k0) const {
     const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
@@ -144,7 +144,7 @@ template <class T> struct Matrix {
       if (row + i * ROWS < rows) r.q[i] = *reinterpret_cast<const uint4*>(from);
     return r;
   }
-  __device__ void fill(Shared<T, WIDTH>& s, const Read& r) const {
+  __device__ void fill(Shared<T>& s, const Read& r) const {
     const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
     UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = r.q[i];
   }
@@ -154,17 +154,16 @@ struct PackedMatrix {
   const uint8_t *codes, *scales;
   using Element = bfloat16;
   static constexpr bool both = false;
-  static constexpr int WIDTH = 64;                                         // more blocks share a multiprocessor: they wait at different times
   struct Read { uint4 q; uint8_t scale; };
   __device__ Read read(int64_t M, int64_t K, int64_t m0, int64_t k0) const {                           // a block a thread
-    const int row = threadIdx.x / (WIDTH / 32), at = threadIdx.x % (WIDTH / 32);
+    const int row = threadIdx.x / 4, at = threadIdx.x % 4;
     const int64_t block = ((m0 + row) * K + k0) / 32 + at;
     const bool inside = m0 + row < M && k0 + 32 * at < K;
     return {inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0), inside ? scales[block] : uint8_t(0)};
   }
-  __device__ void fill(Shared<bfloat16, WIDTH>& s, const Read& r) const {
+  __device__ void fill(Shared<bfloat16>& s, const Read& r) const {
     const uint32_t word[4] = {r.q.x, r.q.y, r.q.z, r.q.w};
-    bfloat16* to = s.at(threadIdx.x / (WIDTH / 32), threadIdx.x % (WIDTH / 32) * 32);
+    bfloat16* to = s.at(threadIdx.x / 4, 32 * (threadIdx.x % 4));
     const __nv_bfloat162 scale = __float2bfloat162_rn(scale_of(r.scale));
     UNROLL for (int j = 0; j < 4; j++) {
       const uint2 a = bfloats(word[j]), b = bfloats(word[j] >> 16);
@@ -180,12 +179,12 @@ struct PackedMatrix {
 
 // tiles below one another, so that what a packed one needs, 17 bytes a thread, is read while the one before is rotated
 template <class Source, Format format, bool random>
-__global__ void __launch_bounds__(4 * Source::WIDTH, 1024 / (4 * Source::WIDTH)) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
+__global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
                                                                    Operand rows, Operand columns) {
   using T = typename Source::Element;
   extern __shared__ __align__(16) uint8_t memory[];
-  auto& s = *reinterpret_cast<Shared<T, Source::WIDTH>*>(memory);
-  const int64_t k0 = int64_t(blockIdx.y) * Source::WIDTH, step = int64_t(gridDim.x) * SIDE;
+  Shared<T>& s = *reinterpret_cast<Shared<T>*>(memory);
+  const int64_t k0 = int64_t(blockIdx.y) * SIDE, step = int64_t(gridDim.x) * SIDE;
   const int line = threadIdx.x / 4, part = threadIdx.x % 4;
   int64_t m0 = int64_t(blockIdx.x) * SIDE;
   auto next = source.read(M, K, m0, k0);
@@ -231,12 +230,12 @@ void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* 
   constexpr Format fp8 = Source::both ? Format::left : Format::right, four = Format::packed;
   const auto kernel = how.format == fp8 ? how.stochastic ? backward_kernel<Source, fp8, true> : backward_kernel<Source, fp8, false>
                                         : how.stochastic ? backward_kernel<Source, four, true> : backward_kernel<Source, four, false>;
-  constexpr int bytes = sizeof(Shared<typename Source::Element, Source::WIDTH>), threads = 4 * Source::WIDTH;
+  const int bytes = sizeof(Shared<typename Source::Element>);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   rows.scale_tiles = columns.scale_tiles = how.format == Format::mxf4;
-  const int64_t high = ceil_div(M, SIDE), wide = ceil_div(K, SIDE) * (SIDE / Source::WIDTH);
-  const dim3 grid(unsigned(Source::both ? high : min(high, max(int64_t(1), 1024 / threads * processors() / wide))), unsigned(wide));
-  kernel<<<grid, threads, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
+  const int64_t high = ceil_div(M, SIDE), wide = ceil_div(K, SIDE);
+  const dim3 grid(unsigned(Source::both ? high : min(high, max(int64_t(1), 2 * processors() / wide))), unsigned(wide));
+  kernel<<<grid, TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
 }
 
 void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
