@@ -23,7 +23,7 @@ from scaling.table import report
 STUDY = "--size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 3 --jobs 8 --compile --discard --sample_tokens 0 --out out/study".split()
 ROWS = "all", "fp4 --scale nearest", "fp4 --rotation none:32:32,32:none:32,32:32:none,128", "fp4 --rounding nearest:sr:nearest,nearest:nearest:sr", \
        "fp4 --scale nearest --rotation 32:none:32"
-FINALISTS = "bf16,fp4,fp4-sr,quartet2", "fp4 --scale nearest", "fp4 --rotation 32:none:32", "fp4 --scale nearest --rotation 32:none:32"
+FINALISTS = "bf16,fp4,fp4-sr", "fp4 --scale nearest", "fp4 --rotation 32:none:32", "fp4 --scale nearest --rotation 32:none:32"
 LONG = "--tokens_per_param 100 --eval_every 1600 --name 3M-100".split()
 WHAT = [["--precision", *row.split(), *more] for rows, more in ((ROWS, []), (FINALISTS, LONG)) for row in rows]
 SMALL = "--precision bf16,fp4 --size tiny".split()              # without a GPU

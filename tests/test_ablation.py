@@ -288,4 +288,4 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
     assert [(cfg.tokens_per_param, cfg.seed) for cfg in asked] == sorted((cfg.tokens_per_param, cfg.seed) for cfg in asked)
     short, long = ([cfg for cfg in asked if cfg.tokens_per_param == n] for n in (25, 100))
     assert len(asked) == len(set(asked)) == len({cfg.name for cfg in asked}) == len(short) + len(long)
-    assert len(short) == 3 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1) and len(long) == 3 * (4 + 3) and asked == short + long
+    assert len(short) == 3 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1) and len(long) == 3 * (3 + 3) and asked == short + long
