@@ -36,8 +36,16 @@ def set_aside(folder):
 # ---- many runs
 
 def compare(configs, path, train, write, free, script):
-    """train what is missing, then write path.csv and path.svg. train(cfg) raises when it diverges; script is what a
-    process of its own starts: quartet.py, or one that adds rows"""
+    """train what is missing, then write path.csv and path.svg"""
+    failure = finish(configs, train, free, script)
+    found = [run for cfg in configs if (run := earlier(cfg, free)) and run.ended]
+    if found: report(found, path, write)
+    if failure: raise failure
+
+
+def finish(configs, train, free, script):
+    """train what is missing; returns what is to be raised if some failed. train(cfg) raises when it diverges; script is
+    what a process of its own starts: quartet.py, or one that adds rows"""
     todo = []
     for cfg in configs:
         run, folder = earlier(cfg, free), os.path.join(cfg.out, cfg.name)
@@ -54,10 +62,8 @@ def compare(configs, path, train, write, free, script):
                 run = earlier(cfg, free)
                 if not (run and run.broken): raise
                 print(error)
-    found = [run for cfg in configs if (run := earlier(cfg, free)) and run.ended]
-    if found: report(found, path, write)
-    if failed: raise Failed(f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: " + "; ".join(
-                            f"{os.path.join(configs[0].out, name, 'log.txt')}: {said}" for name, said in failed.items()))
+    if failed: return Failed(f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: " + "; ".join(
+                             f"{os.path.join(configs[0].out, name, 'log.txt')}: {said}" for name, said in failed.items()))
 
 
 def parallel(todo, jobs, free, script):

@@ -6,7 +6,7 @@ promising ones again, four times as long.
     python -m scaling.study --seeds 2 --jobs 14                 # the same with other flags of quartet.py
     python -m scaling.study scaling/data/study.csv out/study/*/log.csv     # its table from finished runs, without training
 
-Runs go seed by seed, so that what is there compares. They are kept in scaling/data/study.csv: of each log its head and
+Runs go seed by seed, so that what is there compares, the long ones first. They are kept in scaling/data/study.csv: of each log its head and
 the evaluated steps.
 """
 import glob, os, shutil, sys
@@ -14,7 +14,7 @@ import torch
 import quartet
 from fp4 import RECIPES
 from fp4.tables import README, replaced, write
-from scaling.ablation import Failed, compare
+from scaling.ablation import Failed, compare, finish
 from scaling.logs import label, parse, split, thin
 from scaling.speeds import params
 from scaling.table import report
@@ -46,10 +46,10 @@ def finished(paths):
     return sorted(runs.values(), key=order)
 
 
-def by_length(runs, config):
+def by_length(runs):
     """[("ablation", the shortest), ("ablation2", the next), ...]: only runs of one length compare"""
     lengths = {}
-    for run in runs: lengths.setdefault(tuple(config(run).get(k) for k in ("steps", "tokens", "tokens_per_param")), []).append(run)
+    for run in runs: lengths.setdefault(tuple(run.config.get(k) for k in ("steps", "tokens", "tokens_per_param")), []).append(run)
     return [("ablation" + f"{i}" * (i > 1), lengths[length]) for i, length in enumerate(sorted(lengths), 1)]
 
 
@@ -67,20 +67,21 @@ def section(runs, name):
 
 def main(argv):
     """train what is missing of the study, seed by seed, or none if files of finished runs are given; write the README's tables"""
-    files, gpu = [arg for arg in argv if arg.endswith(".csv")], torch.cuda.is_available()
+    files, gpu, failure = [arg for arg in argv if arg.endswith(".csv")], torch.cuda.is_available(), None
     if not files:
         asked = [quartet.parse([*STUDY * gpu, *what, *argv]) for what in
                  ([SMALL] if not gpu else [[]] if "--precision" in " ".join(argv) else WHAT)]
-        configs = sorted({cfg: None for one in asked for cfg in quartet.runs(one)}, key=lambda cfg: cfg.seed)
-        for name, some in by_length(configs, vars):
-            compare(some, os.path.join(asked[0].out, name), quartet.train, quartet.write, quartet.FREE, quartet.__file__)
-        if not gpu: return                                      # the README's table is a GPU's
+        configs, rest = [*{cfg: None for one in asked for cfg in quartet.runs(one)}], (quartet.FREE, quartet.__file__)
+        # the README's tables are a GPU's
+        if not gpu: return compare(configs, os.path.join(asked[0].out, "ablation"), quartet.train, quartet.write, *rest)
+        failure = finish(sorted(configs, key=lambda cfg: (cfg.seed, -cfg.tokens_per_param)), quartet.train, *rest)
         files = glob.glob(os.path.join(asked[0].out, "*", "log.csv"))
     try: found = finished(files)
-    except ValueError as error: raise Failed(str(error))
-    parts = [section(runs, name) for name, runs in by_length([run for _, run in found], lambda run: run.config)]
+    except (Failed, ValueError) as wrong: raise failure or Failed(str(wrong))
+    parts = [section(runs, name) for name, runs in by_length([run for _, run in found])]
     write(README, replaced(open(README).read(), "\n\n".join(parts), "ablation"))
     write(RUNS, "".join(thin(log) for log, _ in found))
+    if failure: raise failure
 
 
 if __name__ == "__main__":

@@ -280,12 +280,24 @@ def test_the_ablation_does_not_import_the_trainer_that_imports_it():
 
 
 def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
-    asked, paths = [], []
-    monkeypatch.setattr(study, "compare", lambda configs, path, *_: asked.extend(configs) or paths.append(path))
+    asked = []
+    monkeypatch.setattr(study, "finish", lambda configs, *_: asked.extend(configs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ablation.Failed, match="there is no finished run"): study.main(["--device", "cpu", "--out", str(tmp_path)])
-    assert paths == [str(tmp_path / "ablation"), str(tmp_path / "ablation2")]
-    assert [(cfg.tokens_per_param, cfg.seed) for cfg in asked] == sorted((cfg.tokens_per_param, cfg.seed) for cfg in asked)
+    order = [(cfg.seed, -cfg.tokens_per_param) for cfg in asked]
+    assert order == sorted(order)                               # seed by seed, the long ones first
     short, long = ([cfg for cfg in asked if cfg.tokens_per_param == n] for n in (25, 100))
     assert len(asked) == len(set(asked)) == len({cfg.name for cfg in asked}) == len(short) + len(long)
-    assert len(short) == 3 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1) and len(long) == 3 * (3 + 3) and asked == short + long
+    assert len(short) == 3 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1) and len(long) == 3 * (3 + 3)
+
+
+def test_the_study_writes_what_there_is_and_then_says_what_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(study, "finish", lambda *_: ablation.Failed("2 runs failed"))
+    with pytest.raises(ablation.Failed, match="2 runs failed"): study.main(["--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    for name in ("README", "PICTURES", "RUNS"): monkeypatch.setattr(study, name, str(tmp_path / name))
+    (tmp_path / "README").write_text("<!-- ablation -->\n<!-- /ablation -->"), (tmp_path / "PICTURES").mkdir()
+    written(tmp_path / "some", [6, 5], precision="bf16")
+    with pytest.raises(ablation.Failed, match="2 runs failed"): study.main(["--device", "cpu", "--out", str(tmp_path / "some")])
+    assert [*table((tmp_path / "README").read_text())] == ["bf16"]
