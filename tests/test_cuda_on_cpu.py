@@ -190,6 +190,7 @@ def test_a_mistake_in_a_kernel_is_found(tmp_path, mistake):
     assert wrong(library(tmp_path, mistake), 33, 160, torch.bfloat16)
 
 
-@pytest.mark.parametrize("mistake", [("gemm_sm90.cu", "2 * w.n + rank", "2 * w.n"), ("gemm_sm90.cu", "b_scales[now][j % 4]", "b_scales[now][0]")])
+@pytest.mark.parametrize("mistake", [("gemm_sm90.cu", "2 * w.n + rank", "2 * w.n"), ("gemm_sm90.cu", "b_scales[now][j % 4]", "b_scales[now][0]"),
+                                     ("gemm_sm90.cu", "tma::wait_for_reads<sizeof(T) == 2>();", ";")])
 def test_a_mistake_in_hoppers_product_is_found(tmp_path, mistake):
     assert not product_is_right(library(tmp_path, mistake), 40, 416, 160, torch.bfloat16, True, 1)
