@@ -32,7 +32,9 @@ void check_tensor(const Tensor& t, const char* name, int64_t dim, ScalarType dty
 }
 
 // the kernels read 16 bytes at a time
-void check_aligned(const Tensor& t, const char* name) { CHECK(!t.is_cuda() || uintptr_t(t.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes: clone it"); }
+void check_aligned(const Tensor& t, const char* name) {
+  CHECK(!t.is_cuda() || uintptr_t(t.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes: clone it");
+}
 
 void check_blocks(const Tensor& x) {
   const bool ok = x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
@@ -44,7 +46,9 @@ void check_blocks(const Tensor& x) {
 
 void check_scale(const std::string& scale) { CHECK(scale == "floor" || scale == "nearest", "scale must be floor or nearest, got ", scale); }
 
-void check_with(const Tensor& x, const Tensor& t, const char* name) { CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), name, " is on another device"); }
+void check_with(const Tensor& x, const Tensor& t, const char* name) {
+  CHECK(t.is_cuda() == x.is_cuda() && t.get_device() == x.get_device(), name, " is on another device");
+}
 
 void check_packed(const Tensor& codes, const Tensor& scales) {
   check_tensor(codes, "codes", 2, ScalarType::Byte), check_tensor(scales, "scales", 2, ScalarType::Byte);
@@ -68,12 +72,10 @@ Values values(const Tensor& x) { return {x.data_ptr(), x.scalar_type() == Scalar
 uint8_t* bytes(const Tensor& t) { return (uint8_t*)t.data_ptr(); }
 int64_t* longs(const Tensor& t) { return (int64_t*)t.data_ptr(); }
 
-Tensor empty(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-  return torch::stable::new_empty(like, {rows, columns}, dtype);
-}
+Tensor empty(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) { return torch::stable::new_empty(like, {rows, columns}, dtype); }
 Tensor codes(const Tensor& like, int64_t M, int64_t K) { return empty(like, M, K / 2, ScalarType::Byte); }
 Tensor scales(const Tensor& like, int64_t M, int64_t K) { return empty(like, M, K / 32, ScalarType::Byte); }
-int64_t padded(int64_t M) { return (M + 31) / 32 * 32; }
+int64_t padded(int64_t M) { return 32 * mxfp4::ceil_div(M, 32); }
 
 // where a tensor lives: its table of functions and, on a GPU, torch's current stream
 struct Device {
@@ -117,7 +119,7 @@ Operand operand(const Tensor& like, int64_t M, int64_t K, Format format) {
   if (format == Format::packed) return {codes(like, M, K), scales(like, M, K)};
   CHECK(like.is_cuda(), "tiles are for a GPU");
   if (format == Format::mxf4) return {codes(like, M, K), scale_tiles(like, M, K)};
-  const int64_t m = (M + 127) / 128, k = (K + 127) / 128;
+  const int64_t m = mxfp4::ceil_div(M, 128), k = mxfp4::ceil_div(K, 128);
   return {torch::stable::new_empty(like, {m, k, 128 * 128}, ScalarType::Byte), torch::stable::new_empty(like, {m, k, format == Format::left ? 128 : 4}, ScalarType::Float)};
 }
 
@@ -138,8 +140,7 @@ tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(const Tensor& x, const T
   return {rows.values, rows.scales, columns.values, columns.scales};
 }
 
-tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor& signs, const Tensor& seed,
-                                 bool stochastic, std::string turn, std::string name) {
+tuple<Tensor, Tensor> requantize(const Tensor& c, const Tensor& s, const Tensor& signs, const Tensor& seed, bool stochastic, std::string turn, std::string name) {
   check_packed(c, s), check_random(c, signs, "signs", 1), check_random(c, seed, "seed", 1);
   const int64_t M = c.size(0), K = 2 * c.size(1);
   const Format format = format_of(name, Format::right);
@@ -172,8 +173,7 @@ Tensor gemm(const Tensor& a, const Tensor& as, const Tensor& b, const Tensor& bs
   Tensor c = torch::stable::matmul(x, torch::stable::transpose(y, 0, 1));
   if (alpha == 1 && dtype == ScalarType::Float) return c;
   Tensor out = empty(c, c.size(0), c.size(1), dtype);
-  scale((float*)c.data_ptr(), c.numel(), float(alpha), values(out));
-  return out;
+  return scale((float*)c.data_ptr(), c.numel(), float(alpha), values(out)), out;
 }
 
 Tensor unrotate(const Tensor& d, const Tensor& mask, ScalarType dtype) {
@@ -202,7 +202,7 @@ constexpr Format LEFT = Format::left, RIGHT = Format::right;               // wh
 Tensor product(const Operand& a, const Operand& b, int64_t M, int64_t N, const Tensor* mask, double alpha, ScalarType dtype, const Device& on) {
   const int64_t K = 128 * a.values.size(1);
   const int splits = gemm_sm90_splits(M, N, K);
-  Tensor out = empty(a.values, M, N, dtype), partial = empty(a.values, splits > 1 ? splits * ((M + 15) / 16 * 16) : 0, N, ScalarType::Float);
+  Tensor out = empty(a.values, M, N, dtype), partial = empty(a.values, splits > 1 ? 16 * splits * mxfp4::ceil_div(M, 16) : 0, N, ScalarType::Float);
   gemm_sm90(bytes(a.values), (float*)a.scales.data_ptr(), bytes(b.values), (float*)b.scales.data_ptr(), M, N, K, float(alpha),
             mask ? (int32_t*)mask->data_ptr() : nullptr, (float*)partial.data_ptr(), splits, values(out), on.stream);
   return out;
@@ -217,7 +217,7 @@ Operand prepared(const Tensor& c, const Tensor& s, Format format, const Device& 
 
 void check_operand(const Operand& o, int64_t rows, Format format) {
   check_tensor(o.values, "an operand", 3, ScalarType::Byte), check_tensor(o.scales, "its scales", 3, ScalarType::Float);
-  const auto shaped = [&](const Tensor& t, int64_t n) { return t.size(0) == (rows + 127) / 128 && t.size(1) == o.values.size(1) && t.size(2) == n; };
+  const auto shaped = [&](const Tensor& t, int64_t n) { return t.size(0) == mxfp4::ceil_div(rows, 128) && t.size(1) == o.values.size(1) && t.size(2) == n; };
   CHECK(shaped(o.values, 128 * 128) && shaped(o.scales, format == Format::left ? 128 : 4), "an operand's tiles and scales are not those of ", rows, " rows");
 }
 #elif defined(GEMM_MXF4)

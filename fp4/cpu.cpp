@@ -14,7 +14,7 @@ constexpr int W = 16;
 
 // f(first, n): the n <= 16 blocks from `first` on, for all blocks of a row-major matrix
 template <class F> void for_groups(int64_t blocks, F f) {
-  torch::stable::parallel_for(0, (blocks + W - 1) / W, 8, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, ceil_div(blocks, W), 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * W; i < end * W && i < blocks; i += W) f(i, blocks - i < W ? int(blocks - i) : W);
   });
 }
@@ -92,7 +92,7 @@ void absmax_blocks(Block<W>& v, Backward how, Turn turn, uint64_t seed, const Pa
 // all blocks of x.T, x [M, K]: fill(row, k, v[i]) reads x[row, k .. k + 15]; rows beyond M are 0
 template <class F>
 void absmax_columns(int64_t M, int64_t K, Backward how, uint64_t seed, uint8_t* codes, uint8_t* scales, F fill) {
-  const int64_t across = K / W, down = (M + 31) / 32;
+  const int64_t across = K / W, down = ceil_div(M, 32);
   torch::stable::parallel_for(0, across * down, 8, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; g++) {
       const int64_t k = g % across * W, row = g / across * 32;

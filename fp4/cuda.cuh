@@ -70,7 +70,7 @@ __device__ inline void unrotate(Vector& v, uint32_t inside) {
   hadamard(v);
 }
 
-inline int processors() {
+inline int processors() {                                                  // of the current GPU: multiprocessors
   int device, count;
   cudaGetDevice(&device), cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;

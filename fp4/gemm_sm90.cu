@@ -202,7 +202,7 @@ template <class T> void launch(Problem p, T* out, cudaStream_t stream) {
 
 // into how many parts K is cut: when there is less work than the GPU has room for
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K) {
-  const int64_t works = ((M + 255) / 256) * ((N + 255) / 256), depth = (K + 127) / 128, clusters = processors() / 2;
+  const int64_t works = ceil_div(M, 256) * ceil_div(N, 256), depth = ceil_div(K, 128), clusters = processors() / 2;
   return int(works > clusters / 2 || depth < 8 ? 1 : clusters / works < depth / 4 ? clusters / works : depth / 4);
 }
 
@@ -210,13 +210,13 @@ void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const 
                const int32_t* mask, float* partial, int splits, Values out, void* stream) {
   if (!M || !N) return;
   if (!K) return (void)cudaMemsetAsync(out.data, 0, M * N * (out.bf16 ? 2 : 4), (cudaStream_t)stream);
-  const auto over = [](int64_t n, int64_t size) { return int((n + size - 1) / size); };
+  const auto over = [](int64_t n, int64_t size) { return int(ceil_div(n, size)); };
   const int depth = over(K, 128), a_tiles = over(M, 128), b_tiles = over(N, 128);
   const CUtensorMap rows = tma::map(a_scales, 4ll * a_tiles * depth, 128, 4, false), columns = tma::map(b_scales, 1ll * b_tiles * depth, 16, 1, false);
-  Problem p = {a, b, rows, columns, {}, M, N, (M + 15) / 16 * 16, a_tiles, b_tiles, over(M, 256), over(N, 256), depth, splits, alpha, mask};
+  Problem p = {a, b, rows, columns, {}, M, N, 16 * ceil_div(M, 16), a_tiles, b_tiles, over(M, 256), over(N, 256), depth, splits, alpha, mask};
   if (splits == 1) return typed(out, [=](auto* out) { launch(p, out, (cudaStream_t)stream); });
   p.alpha = 1, p.mask = nullptr;
   launch(p, partial, (cudaStream_t)stream);
   const int64_t blocks = M * N / 32;
-  typed(out, [=](auto* out) { sum_kernel<<<unsigned((blocks + 127) / 128), 128, 0, (cudaStream_t)stream>>>(partial, splits, p.padded * N, blocks, alpha, mask, out); });
+  typed(out, [=](auto* out) { sum_kernel<<<unsigned(ceil_div(blocks, 128)), 128, 0, (cudaStream_t)stream>>>(partial, splits, p.padded * N, blocks, alpha, mask, out); });
 }

@@ -64,11 +64,13 @@ struct Operand {                                                           // [r
   bool scale_tiles;                                                        // the scales of a packed one
 };
 
+struct Signs { uint32_t before[32], after[8]; };                           // sign bits of a block, where each use wants them
+
 template <class T> struct Shared {
   // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
   static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
   uint8_t x[SIDE * PITCH + 4 * SKEW];
-  struct Signs { uint32_t before[32], after[8]; } of_rows, of_columns;     // sign bits, where each use wants them
+  Signs of_rows, of_columns;
   int tops[TILE_THREADS / 32];
   __device__ T* at(int row, int column) {
     return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
@@ -76,7 +78,7 @@ template <class T> struct Shared {
 };
 
 // what a warp does once for its block
-template <class Signs> __device__ void spread(uint32_t signs, Turn turn, bool tiles, Signs& to) {
+__device__ void spread(uint32_t signs, Turn turn, bool tiles, Signs& to) {
   const int i = threadIdx.x % 32;
   const auto bit = [=](Turn where, int j) { return turn == where ? signs >> j & 1 : 0; };
   to.before[i] = bit(Turn::before, i) << 31;
@@ -240,13 +242,13 @@ void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* 
 
 void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,
                        void* values, void* scales, void* values_t, void* scales_t, void* stream) {
-  const Operand rows = {values, scales, M, K / 32}, columns = {values_t, scales_t, K, (M + 31) / 32};
+  const Operand rows = {values, scales, M, K / 32}, columns = {values_t, scales_t, K, ceil_div(M, 32)};
   typed(x, [=](auto* x) { backward(Matrix<std::remove_pointer_t<decltype(x)>>{x}, M, K, how, seeds, rows, columns, stream); });
 }
 
 void requantize(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
                 void* values_t, void* scales_t, void* stream) {
-  backward(PackedMatrix{codes, scales}, M, K, how, seed, {}, {values_t, scales_t, K, (M + 31) / 32}, stream);
+  backward(PackedMatrix{codes, scales}, M, K, how, seed, {}, {values_t, scales_t, K, ceil_div(M, 32)}, stream);
 }
 
 }  // namespace

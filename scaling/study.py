@@ -6,8 +6,8 @@ promising ones again, four times as long.
     python -m scaling.study --seeds 2 --jobs 14                 # the same with other flags of quartet.py
     python -m scaling.study scaling/data/study.csv out/study/*/log.csv     # its table from finished runs, without training
 
-Runs go seed by seed, so that what is there compares, the long ones first. They are kept in scaling/data/study.csv: of each log its head and
-the evaluated steps.
+Runs go seed by seed, so that what is there compares, the long ones first. They are kept in scaling/data/study.csv: of each log
+its head and the evaluated steps.
 """
 import glob, os, shutil, sys
 import torch
@@ -19,7 +19,7 @@ from scaling.logs import label, parse, split, thin
 from scaling.speeds import params
 from scaling.table import report
 
-# 25 tokens a parameter (of 10, bf16's seeds ended 0.2 apart), eight runs at a time; three seeds, as longer runs tell more than more of them
+# 25 tokens a parameter (of 10, bf16's seeds ended 0.2 apart), eight runs at a time; three seeds: longer runs tell more than more seeds
 STUDY = "--size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 3 --jobs 8 --compile --discard --sample_tokens 0 --out out/study".split()
 ROWS = "all", "fp4 --scale nearest", "fp4 --rotation none:32:32,32:none:32,32:32:none,128", "fp4 --rounding nearest:sr:nearest,nearest:nearest:sr", \
        "fp4 --scale nearest --rotation 32:none:32"

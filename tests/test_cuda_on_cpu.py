@@ -5,7 +5,7 @@ definition does before a GPU has seen them. What only a GPU shows is in test_ker
 import ctypes, glob, itertools, os, re, shutil, subprocess
 import pytest, torch
 from fp4 import reference
-from test_kernels import same, same_scale_tiles, same_tiles
+from test_kernels import HOW_BACKWARD, same, same_scale_tiles, same_tiles
 
 FP4 = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "fp4")
 TOOLKIT = next((d for d in ("/usr/local/cuda", os.path.dirname(os.path.dirname(shutil.which("nvcc") or ""))) if os.path.exists(f"{d}/include/cuda_fp8.h")), None)
@@ -119,14 +119,14 @@ def wrong(kernels, M, K, dtype):
         if not (all(map(torch.equal, got, (codes, scales, mask))) and same_operand(operand, (codes, scales), format, zeros)): found.append(("forward", scale, format))
     signs, seeds = reference.draw(x, x, 3)
     codes, scales, _ = reference.quantize_forward(x, "floor")
-    for stochastic, how, fp8 in itertools.product((False, True), (("before", "before"), ("after", "none"), ("none", "after")), (PACKED, MXF4, LEFT)):
-        turn, turn_t = map(TURNS.index, how)
+    for how, fp8 in itertools.product(HOW_BACKWARD, (PACKED, MXF4, LEFT)):
+        stochastic, turn, turn_t = how[0], *map(TURNS.index, how[1:])
         rows, columns, turned = empty(M, K, fp8), empty(K, -(-M // 32) * 32, fp8), empty(K, -(-M // 32) * 32, right := RIGHT if fp8 == LEFT else fp8)
         call(kernels.backward, x, bf16, M, K, signs, seeds, stochastic, turn, turn_t, fp8, *rows, *columns)
         call(kernels.packed, codes, scales, M, K, signs, seeds[2:].clone(), stochastic, turn, right, *turned)
-        want = reference.quantize_backward(x, signs, seeds[:2], stochastic, *how)
-        if not (same_operand(rows, want[:2], fp8) and same_operand(columns, want[2:], fp8)): found.append(("backward", stochastic, how, fp8))
-        if not same_operand(turned, reference.requantize(codes, scales, signs, seeds[2:], stochastic, how[0]), right): found.append(("packed", stochastic, how[0], right))
+        want = reference.quantize_backward(x, signs, seeds[:2], *how)
+        if not (same_operand(rows, want[:2], fp8) and same_operand(columns, want[2:], fp8)): found.append(("backward", *how, fp8))
+        if not same_operand(turned, reference.requantize(codes, scales, signs, seeds[2:], *how[:2]), right): found.append(("packed", *how[:2], right))
     return found
 
 

@@ -10,7 +10,7 @@ ops = torch.ops.fp4
 pytestmark = pytest.mark.skipif(HOW.startswith("reference"), reason="no compiler on this machine")
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-HOW_BACKWARD = [(stochastic, *turns) for stochastic in (False, True) for turns in (("before", "before"), ("after", "none"), ("none", "after"))]
+HOW_BACKWARD = [(stochastic, *turns) for stochastic in (False, True) for turns in (("before", "before"), ("after", "none"), ("none", "after"))]        # of x, of x.T
 SHAPES = [(1, 32), (3, 96), (33, 160), (64, 32), (31, 1024), (100, 544)]
 VALUES = {
     "normal":       lambda x: x,
@@ -65,9 +65,9 @@ def test_each_op_gives_the_bytes_of_the_definition(x, device):
     for scale in ("floor", "nearest"): check("quantize_forward", x, scale)
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
-    for stochastic, turn, turn_t in HOW_BACKWARD:
-        check("quantize_backward", x, signs, seeds[:2], stochastic, turn, turn_t, "packed")
-        check("requantize", codes, scales, signs, seeds[2:], stochastic, turn, "packed")
+    for how in HOW_BACKWARD:
+        check("quantize_backward", x, signs, seeds[:2], *how, "packed")
+        check("requantize", codes, scales, signs, seeds[2:], *how[:2], "packed")
     for dtype in (torch.float32, torch.bfloat16):
         check("dequantize", codes, scales, dtype)
         check("unrotate", x, mask, dtype)
@@ -112,8 +112,7 @@ def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, format, sam
     packed = reference.quantize_forward(x, "floor")[:2]
     signs, seeds = reference.draw(x, x, 3)
     on_gpu = lambda *tensors: [t.cuda() for t in tensors]
-    for stochastic, turn, turn_t in HOW_BACKWARD:
-        how = stochastic, turn, turn_t
+    for how in HOW_BACKWARD:
         got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, format), reference.quantize_backward(x, signs, seeds[:2], *how)
         same_operand(got[:2], want[:2])
         same_operand(got[2:], want[2:])
