@@ -13,6 +13,9 @@ class Row(NamedTuple):
     gap: float          # to the first row with the same seed: mean, and its standard error
     error: float
     noise: bool         # is the gap below twice its standard error?
+    to_fp4: float       # the same three to fp4, where that is among the runs
+    to_fp4_error: float
+    to_fp4_noise: bool
     first: int          # the step of the first evaluation
     early: float        # the same two at that step: there seeds differ less, as each learns to copy at another step
     early_error: float
@@ -23,18 +26,17 @@ class Row(NamedTuple):
 def table(runs):
     rows, by_label = [], {}
     for run in runs: by_label.setdefault(label(run.config | dict(seed=0)), {})[run.config["seed"]] = run
-    first = next(iter(by_label.values()))
+    first, fp4 = next(iter(by_label.values())), by_label.get("fp4", {})
     for name, seeds in by_label.items():
         good = {seed: run for seed, run in seeds.items() if not run.diverged}
-        base = {} if seeds is first else {seed: run for seed, run in first.items() if not run.diverged}
         mean = lambda values: statistics.mean(values) if values else None
-        def gap(at):
-            gaps = [good[seed].vals[at] - base[seed].vals[at] for seed in good.keys() & base.keys()]
-            return mean(gaps), statistics.stdev(gaps) / len(gaps) ** .5 if len(gaps) > 1 else None
-        last, error = gap(-1)
-        rows.append(Row(name, len(seeds), len(seeds) - len(good), mean([run.vals[-1] for run in good.values()]), last, error,
-                        error is not None and abs(last) < 2 * error,
-                        next((row[0] for run in seeds.values() for row in run.history if row[2] is not None), 0), *gap(0),
+        def gap(base, at=-1):
+            base = {} if seeds in (first, base) else base
+            gaps = [run.vals[at] - base[seed].vals[at] for seed, run in good.items() if seed in base and not base[seed].diverged]
+            error = statistics.stdev(gaps) / len(gaps) ** .5 if len(gaps) > 1 else None
+            return mean(gaps), error, error is not None and abs(mean(gaps)) < 2 * error
+        rows.append(Row(name, len(seeds), len(seeds) - len(good), mean([run.vals[-1] for run in good.values()]), *gap(first), *gap(fp4),
+                        next((row[0] for run in seeds.values() for row in run.history if row[2] is not None), 0), *gap(first, 0)[:2],
                         statistics.median(row[3] for run in seeds.values() for row in run.history),
                         next((run.memory for run in seeds.values() if run.memory), "")))
     return rows
@@ -43,15 +45,17 @@ def table(runs):
 def text(rows, jobs):
     """rows as Markdown that can be read in a terminal as well"""
     many = max(row.seeds for row in rows) > 1
-    cells = [["run", "seeds", "val loss", f"gap to {rows[0].run}", f"after {rows[0].first:,} steps", "tokens/s", "peak memory"]]
-    show = lambda gap, error: "" if gap is None else f"{gap:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+    cells = [["run", "seeds", "val loss", f"gap to {rows[0].run}", "gap to fp4", f"after {rows[0].first:,} steps", "tokens/s", "peak memory"]]
+    show = lambda gap, error, noise=False: "" if gap is None else f"{gap:+.4f}" + ("" if error is None else f" ± {error:.4f}") + " (noise)" * noise
     for row in rows:
-        gap, val = show(row.gap, row.error) + " (noise)" * row.noise, "diverged" * bool(row.diverged)
+        gap, to_fp4 = show(row.gap, row.error, row.noise), show(row.to_fp4, row.to_fp4_error, row.to_fp4_noise)
+        val = "diverged" * bool(row.diverged)
         if row.diverged and many: val += f" ({row.diverged} of {row.seeds})"
         if row.val is not None: val = f"{val} {row.val:.4f}".strip()
         early = show(row.early, row.early_error) if row.first == rows[0].first else ""
-        cells.append([row.run, str(row.seeds), val, gap, early, f"{row.tokens_per_s:,.0f}", row.memory or "n/a"])
-    if not many: cells = [line[:1] + line[2:] for line in cells]
+        cells.append([row.run, str(row.seeds), val, gap, to_fp4, early, f"{row.tokens_per_s:,.0f}", row.memory or "n/a"])
+    hidden = [1] * (not many) + [4] * all(row.to_fp4 is None for row in rows)
+    cells = [[cell for i, cell in enumerate(line) if i not in hidden] for line in cells]
     notes = ["A gap is the mean over the seeds, of two runs with the same seed, ± its standard error; "
              "(noise): less than twice that."] * many
     notes += [f"tokens/s: of each of {jobs} runs that share the machine."] * (jobs > 1)

@@ -41,12 +41,16 @@ def test_a_gap_is_the_mean_over_pairs_with_one_seed_and_noise_below_twice_its_st
     for name, of in gaps.items():                               # the seeds differ by far more than the rows
         assert math.isclose(rows[name].gap, statistics.mean(of), abs_tol=1e-4)
         assert math.isclose(rows[name].error, statistics.stdev(of) / 3 ** .5, abs_tol=1e-4)
+    pairs = [a - b for a, b in zip(gaps["quartet2"], gaps["fp4"])]
+    assert math.isclose(rows["quartet2"].to_fp4, statistics.mean(pairs), abs_tol=1e-4) and rows["bf16"].to_fp4 is rows["fp4"].to_fp4 is None
+    assert math.isclose(rows["quartet2"].to_fp4_error, statistics.stdev(pairs) / 3 ** .5, abs_tol=1e-4) and rows["quartet2"].to_fp4_noise
     assert rows["bf16"].gap is None and math.isclose(rows["bf16"].val, 4.5)
     assert not rows["fp4"].noise and rows["quartet2"].noise and rows["fp4"].tokens_per_s == 250
     cells = table(side.text([*rows.values()], 1))
     assert cells["fp4"]["gap to bf16"] == "+0.0400 ± 0.0058" and cells["quartet2"]["gap to bf16"].endswith("(noise)")
-    assert cells["bf16"] == {"run": "bf16", "seeds": "3", "val loss": "4.5000", "gap to bf16": "", "after 2 steps": "", "tokens/s": "250", "peak memory": "n/a"}
+    assert cells["bf16"] == {"run": "bf16", "seeds": "3", "val loss": "4.5000", "gap to bf16": "", "gap to fp4": "", "after 2 steps": "", "tokens/s": "250", "peak memory": "n/a"}
     assert cells["fp4"]["after 2 steps"] == "+0.2000 ± 0.0577"                              # of the first evaluation
+    assert cells["quartet2"]["gap to fp4"] == f"{statistics.mean(pairs):+.4f} ± {statistics.stdev(pairs) / 3 ** .5:.4f} (noise)"
 
 
 def test_a_run_that_ends_above_its_first_evaluation_or_at_nan_diverged_and_the_other_seeds_count(tmp_path):
@@ -62,7 +66,7 @@ def test_a_run_that_ends_above_its_first_evaluation_or_at_nan_diverged_and_the_o
 def test_one_seed_gives_a_gap_without_a_spread_and_shared_machines_are_said(tmp_path):
     runs = [written(tmp_path, [6, v], precision=p, jobs=8) for p, v in (("bf16", 5), ("fp4", 5.25))]
     said = side.text(side.table(runs), 8)
-    assert table(said)["fp4"]["gap to bf16"] == "+0.2500" and "seeds" not in said and "8 runs that share the machine" in said
+    assert table(said)["fp4"]["gap to bf16"] == "+0.2500" and "seeds" not in said and "gap to fp4" not in said and "8 runs that share the machine" in said
 
 
 def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(tmp_path, monkeypatch, capsys):
