@@ -22,8 +22,8 @@ from scaling.table import report
 # 25 tokens a parameter (of 10, bf16's seeds ended 0.2 apart), eight runs at a time; three seeds: longer runs tell more than more seeds
 STUDY = "--size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 3 --jobs 8 --compile --discard --sample_tokens 0 --out out/study".split()
 ROWS = "all", "fp4 --scale nearest", "fp4 --rotation none:32:32,32:none:32,32:32:none,128", "fp4 --rounding nearest:sr:nearest,nearest:nearest:sr", \
-       "fp4 --scale nearest --rotation 32:none:32"
-FINALISTS = "bf16,fp4,fp4-sr", "fp4 --scale nearest", "fp4 --rotation 32:none:32", "fp4 --scale nearest --rotation 32:none:32"
+       "fp4 --scale nearest --rotation 32:none:32", "fp4 --scale mse,absmax34,absmax", "fp4 --rotation 128:32:32", "fp4 --rounding eden"
+FINALISTS = "bf16,fp4,fp4-sr", "fp4 --scale nearest", "fp4 --rotation 32:none:32", "fp4 --scale nearest --rotation 32:none:32", "fp4 --scale mse"
 LONG = "--tokens_per_param 100 --eval_every 1600 --name 3M-100".split()
 WHAT = [["--precision", *row.split(), *more] for rows, more in ((ROWS, []), (FINALISTS, LONG)) for row in rows]
 SMALL = "--precision bf16,fp4 --size tiny".split()              # without a GPU

@@ -292,7 +292,7 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
     assert order == sorted(order)                               # seed by seed, the long ones first
     short, long = ([cfg for cfg in asked if cfg.tokens_per_param == n] for n in (25, 100))
     assert len(asked) == len(set(asked)) == len({cfg.name for cfg in asked}) == len(short) + len(long)
-    assert len(short) == 3 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1) and len(long) == 3 * (3 + 3)
+    assert len(short) == 3 * (len(fp4.RECIPES) + 1 + 4 + 2 + 1 + 3 + 1 + 1) and len(long) == 3 * (3 + 3 + 1)
 
 
 def test_the_study_writes_what_there_is_and_then_says_what_failed(monkeypatch, tmp_path):
