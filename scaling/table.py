@@ -31,7 +31,7 @@ def table(runs):
         good = {seed: run for seed, run in seeds.items() if not run.diverged}
         mean = lambda values: statistics.mean(values) if values else None
         def gap(base, at=-1):
-            base = {} if seeds in (first, base) else base
+            if seeds is first or seeds is base: base = {}
             gaps = [run.vals[at] - base[seed].vals[at] for seed, run in good.items() if seed in base and not base[seed].diverged]
             error = statistics.stdev(gaps) / len(gaps) ** .5 if len(gaps) > 1 else None
             return mean(gaps), error, error is not None and abs(mean(gaps)) < 2 * error
