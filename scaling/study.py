@@ -34,16 +34,17 @@ PICTURES, RUNS = os.path.join(HERE, "..", ".readme"), os.path.join(HERE, "data",
 
 def finished(paths):
     """[(log, run), ...] of the finished runs in these files, the last of each name, in the order of the table of precisions;
-    refuses to mix"""
+    refuses to mix. Only what is kept of a log counts: then scaling/data/study.csv gives the same tables"""
     logs = [(path, log) for path in paths for log in split(open(path).read())]
-    runs = {run.config["name"]: (log, run) for path, log in logs if (run := parse(log)).ended and (
+    kept = {run.config["name"]: thin(log) for path, log in logs if (run := parse(log)).ended and (
             os.path.basename(path) != "log.csv" or run.config["name"] == os.path.basename(os.path.dirname(path)))}  # else set aside
+    runs = [(log, parse(log)) for log in kept.values()]
     if not runs: raise Failed("there is no finished run")
     for what in SAME:
-        values = {str(run.config.get(what)) for _, run in runs.values()}
+        values = {str(run.config.get(what)) for _, run in runs}
         if len(values) > 1: raise Failed(f"these runs differ in --{what}: {', '.join(sorted(values))}")
     order = lambda item: ([*RECIPES].index(item[1].config["precision"]), label(item[1].config))
-    return sorted(runs.values(), key=order)
+    return sorted(runs, key=order)
 
 
 def by_length(runs):
@@ -80,7 +81,7 @@ def main(argv):
     except (Failed, ValueError) as wrong: raise failure or Failed(str(wrong))
     parts = [section(runs, name) for name, runs in by_length([run for _, run in found])]
     write(README, replaced(open(README).read(), "\n\n".join(parts), "ablation"))
-    write(RUNS, "".join(thin(log) for log, _ in found))
+    write(RUNS, "".join(log for log, _ in found))
     if failure: raise failure
 
 

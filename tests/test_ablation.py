@@ -99,8 +99,7 @@ def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_ru
     assert table(text)["fp4"]["val loss"] == "diverged"
     assert len(kept.splitlines()) == 2 * (4 + 1 + 2 + 1)        # head, names of the columns, two evaluations, end
     assert quartet.cli(["runs.csv"], study.main) == 0
-    again = table((tmp_path / "README.md").read_text())
-    for name, row in table(text).items(): assert {**row, "tokens/s": ""} == {**again[name], "tokens/s": ""}       # that is a median
+    assert (tmp_path / "README.md").read_text() == text
     written(tmp_path / "more", [6, 4], precision="fp4-sr")
     written(tmp_path / "more", [6, 5, 3], precision="fp4-sr", name="long-fp4-sr")               # a table of its own
     assert quartet.cli(["runs.csv", "more/tiny-fp4-sr/log.csv", "more/long-fp4-sr/log.csv"], study.main) == 0
