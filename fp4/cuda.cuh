@@ -63,11 +63,11 @@ __device__ inline void store(bfloat16* x, const Vector& v) {
   }
 }
 
-// a gradient back from the rotated basis: what clipped there gets none. A product, not a selection: NaN * 0 stays NaN
-__device__ inline void unrotate(Vector& v, uint32_t inside) {
+// alpha times a gradient, back from the rotated basis: what clipped there gets none. A product, not a selection: NaN * 0 stays NaN
+__device__ inline void unrotate(Vector& v, uint32_t inside, float alpha = 1) {
   UNROLL for (int i = 0; i < 32; i++)
     if (!(inside >> i & 1)) v[i][0] *= 0;
-  hadamard(v);
+  hadamard(v, alpha * H);
 }
 
 inline int processors() {                                                  // of the current GPU: multiprocessors

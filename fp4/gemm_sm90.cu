@@ -26,13 +26,11 @@ few tiles for the GPU, K is split, and a second kernel sums the parts, always in
 namespace {
 
 constexpr int STAGES = 3, TILE_BYTES = SIDE * SIDE, THREADS = 384;
-constexpr int PITCH = 32 + 4;                                             // of 32 values in shared memory: then no bank is met twice
 
 struct Shared {
   uint8_t a[STAGES][2][TILE_BYTES], b[STAGES][TILE_BYTES];                // 1024-byte aligned
-  uint8_t leaving[8][2][16 * 128];                                        // the same; of a warp: 16 rows of output, 64 columns in BF16 or 32
+  uint8_t leaving[8][4][16 * 128];                                        // the same; of a warp, four times: 128 bytes of 16 rows of output
   float a_scales[STAGES][2][SIDE], b_scales[STAGES][32];                  // of b 4, but a box begins at a multiple of 128 bytes
-  float turning[8][16][2][PITCH];                                         // of a warp: 16 rows of two blocks of 32, in different banks
   uint64_t full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "the shared memory a block can have on sm_90");
@@ -42,10 +40,10 @@ static_assert(sizeof(Shared) <= 232448, "the shared memory a block can have on s
 struct Work { int m, n, first, last, split; };                            // 256 x 256 outputs at (m, n), k-tiles first ... last - 1
 
 // neighbours in time share operands: 4 along n, then the next m
-__device__ Work work(int i, int rows, int columns, int depth, int splits) {
-  const int split = i / (rows * columns), at = i % (rows * columns);
-  const int group = at / (4 * rows), width = min(4, columns - 4 * group), in = at - 4 * rows * group;
-  return {in / width, 4 * group + in % width, int(int64_t(depth) * split / splits), int(int64_t(depth) * (split + 1) / splits), split};
+__device__ Work work(unsigned i, unsigned rows, unsigned columns, unsigned depth, unsigned splits) {
+  const unsigned split = i / (rows * columns), at = i % (rows * columns);
+  const unsigned group = at / (4 * rows), width = min(4u, columns - 4 * group), in = at - 4 * rows * group;
+  return {int(in / width), int(4 * group + in % width), int(depth * split / splits), int(depth * (split + 1) / splits), int(split)};
 }
 
 struct Problem {
@@ -57,8 +55,10 @@ struct Problem {
   const int32_t* mask;
 };
 
-// byte `at` of a row of 16, swizzled; and the byte `more` after it, where the two have no bit in common
+// byte `at` of one of 16 rows, as TMA wants it and with the chunks of 16 bytes in an order in which two blocks of 32 floats, the second in
+// the next 2 KB, meet no bank twice; and the byte `more` after it, where the two have no bit in common
 __device__ int spot(int first, int row, int at) { return first + at / 128 * 2048 + row * 128 + (at % 128 ^ row % 8 * 16); }
+__device__ int float_spot(int first, int row, int block, int at) { return first + row * 128 + (at ^ row % 4 * 32 ^ block * 16); }
 __device__ uint8_t* at(uint8_t* to, int spot, int more) { return to + more / 128 * 2048 + (spot ^ more % 128); }
 
 __device__ void put(void* to, float2 pair, bfloat16) { *(uint32_t*)to = bfloat2(pair.x, pair.y); }
@@ -103,12 +103,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
   wgmma::more_registers();                                                // ---- products
   const int half = group - 1, lane = t % 32, row = t / 32 * 16 + lane / 4, warp = t / 32 + 4 * half;
   const uint32_t a_first = wgmma::descriptor(s.a[0][half]), b_first = wgmma::descriptor(s.b[0]);
-  float(*turning)[2][PITCH] = s.turning[warp];
-  // in `leaving`, what this thread has of a row as it was summed, and of one that was rotated
-  const int as_summed = spot(4096 * warp, lane / 4, lane % 4 * 2 * sizeof(T)), turned = spot(4096 * warp, lane / 2, lane % 2 * 32 * sizeof(T));
+  uint8_t(*leaving)[16 * 128] = s.leaving[0];
   for (int i = blockIdx.x / 2; i < all; i += clusters) {
     const Work w = work(i, p.rows, p.columns, p.depth, p.splits);
-    const int64_t m0 = 256 * int64_t(w.m) + 128 * half + t / 32 * 16, n0 = 256 * int64_t(w.n) + 128 * rank;        // of this warp
+    const int m0 = 256 * w.m + 128 * half + t / 32 * 16, n0 = 256 * w.n + 128 * rank;        // of this warp
     // the masks of the four blocks this thread will rotate are on their way from now on
     int32_t mask[2][2];
     UNROLL for (int i = 0; i < 4; i++) {
@@ -139,38 +137,47 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) gemm_ker
         UNROLL for (int j = 0; j < 64; j++) sum[h][j] = __fmaf_rn(part[j], scale[j / 2 % 2][j / 16], sum[h][j]);
       }
     }
-    UNROLL for (int h = 0; h < 2; h++)                                    // ---- a warp: 16 rows of output, 64 columns at a time
-      UNROLL for (int c = 0; c < 2; c++) {
-        uint8_t* to = s.leaving[0][sizeof(T) == 2 ? c : 0];               // in BF16 the last one may still be on its way
-        if (lane == 0) tma::wait_for_reads<sizeof(T) == 2>();
+    // in `leaving`, what this thread has of a row as it was summed, and of one that was rotated
+    int me = lane;
+    asm volatile("" : "+r"(me));                                          // computed here, not kept in registers
+    const int as_summed = spot(8192 * warp, me / 4, me % 4 * 2 * sizeof(T)), turned = spot(8192 * warp, me / 2, me % 2 * 32 * sizeof(T));
+    const int to_turn = float_spot(8192 * warp, me / 4, 0, me % 4 * 8), turning = float_spot(8192 * warp, me / 2, me % 2, 0);
+    UNROLL for (int c = 0; c < 4; c++) {                                  // ---- a warp: 16 rows of output, 64 columns at a time
+      constexpr int PLACES = 8 / sizeof(T);                               // of the four in BF16; in FP32 it takes two
+      const int h = c / 2, place = c % PLACES * (4 / PLACES);
+      uint8_t* to = leaving[place];
+      if (lane == 0) p.mask && PLACES == 4 ? tma::wait_for_reads<2>() : tma::wait_for_reads<PLACES - 1>();     // to turn, BF16 takes two as well
+      __syncwarp();
+      const auto outputs = [&](int r, int j) { return make_float2(sum[h][c % 2 * 32 + 4 * j + 2 * r], sum[h][c % 2 * 32 + 4 * j + 2 * r + 1]); };
+      if (p.mask) {
+        UNROLL for (int j = 0; j < 8; j++)
+          UNROLL for (int r = 0; r < 2; r++) *(float2*)at(leaving[(place + j / 4) % 4] + 1024 * r, to_turn, j % 4 * 32 ^ j / 4 * 16) = outputs(r, j);
         __syncwarp();
-        const auto outputs = [&](int r, int j) { return make_float2(sum[h][32 * c + 4 * j + 2 * r], sum[h][32 * c + 4 * j + 2 * r + 1]); };
-        if (p.mask) {
-          UNROLL for (int j = 0; j < 8; j++)
-            UNROLL for (int r = 0; r < 2; r++) *(float2*)&turning[lane / 4 + 8 * r][j / 4][j % 4 * 8 + lane % 4 * 2] = outputs(r, j);
-          __syncwarp();
-          Vector v;                                                       // a block of 32 neighbours
-          load(turning[lane / 2][lane % 2], v);
-          unrotate(v, mask[h][c]);
-          UNROLL for (int j = 0; j < 32; j++) v[j][0] *= p.alpha;
-          __align__(16) T rounded[32];
-          store(rounded, v);
-          UNROLL for (int j = 0; j < 2 * int(sizeof(T)); j++) *(uint4*)at(to, turned, 16 * j) = ((const uint4*)rounded)[j];
-        } else {
-          UNROLL for (int j = 0; j < 8; j++)
-            UNROLL for (int r = 0; r < 2; r++) {
-              const float2 pair = outputs(r, j);
-              put(at(to + 1024 * r, as_summed, 8 * j * sizeof(T)), make_float2(p.alpha * pair.x, p.alpha * pair.y), T());
-            }
+        Vector v;                                                         // a block of 32 neighbours
+        UNROLL for (int j = 0; j < 8; j++) {
+          const float4 four = *(const float4*)at(leaving[(place + me % 2) % 4], turning, 16 * j);
+          v[4 * j][0] = four.x, v[4 * j + 1][0] = four.y, v[4 * j + 2][0] = four.z, v[4 * j + 3][0] = four.w;
         }
-        tma::writes_before_async();
         __syncwarp();
-        const int64_t m = m0 + 64 * h, n = n0 + 64 * c;
-        if (lane == 0 && m < p.M)                                         // what lies beyond the matrix is not stored
-          for (int i = 0; i < int(sizeof(T)) / 2; i++)
-            tma::store_box(p.out, int(n * sizeof(T)) + 128 * i, int(w.split * p.padded + m), address(to) + 4096 * warp + 2048 * i);
-        if (lane == 0) tma::commit();
+        unrotate(v, mask[h][c % 2], p.alpha);
+        __align__(16) T rounded[32];
+        store(rounded, v);
+        UNROLL for (int j = 0; j < 2 * int(sizeof(T)); j++) *(uint4*)at(to, turned, 16 * j) = ((const uint4*)rounded)[j];
+      } else {
+        UNROLL for (int j = 0; j < 8; j++)
+          UNROLL for (int r = 0; r < 2; r++) {
+            const float2 pair = outputs(r, j);
+            put(at(to + 1024 * r, as_summed, 8 * j * sizeof(T)), make_float2(p.alpha * pair.x, p.alpha * pair.y), T());
+          }
       }
+      tma::writes_before_async();
+      __syncwarp();
+      const int m = m0 + 64 * h, n = n0 + c % 2 * 64;
+      if (lane == 0 && m < p.M)                                           // what lies beyond the matrix is not stored
+        for (int i = 0; i < 4 / PLACES; i++)
+          tma::store_box(p.out, n * int(sizeof(T)) + 128 * i, int(w.split * p.padded) + m, address(to) + 8192 * warp + 2048 * i);
+      if (lane == 0) tma::commit();
+    }
   }
   if (lane == 0) tma::wait_for_reads<0>();
   cluster::sync();
@@ -186,8 +193,8 @@ __global__ void sum_kernel(const float* partial, int splits, int64_t stride, int
     load(partial + i * stride + 32 * block, part);
     UNROLL for (int j = 0; j < 32; j++) v[j][0] += part[j][0];
   }
-  UNROLL for (int j = 0; j < 32; j++) v[j][0] *= alpha;
-  if (mask) unrotate(v, mask[block]);
+  if (mask) unrotate(v, mask[block], alpha);
+  else UNROLL for (int j = 0; j < 32; j++) v[j][0] *= alpha;
   store(out + 32 * block, v);
 }
 

@@ -63,10 +63,10 @@ template <int W> FN void butterflies(Block<W>& v, int k) {                 // st
 
 constexpr float H = 0.17677669529663687f;                                  // 32^-0.5
 
-template <int W> FN void hadamard(Block<W>& v) {
+template <int W> FN void hadamard(Block<W>& v, float scale = H) {
   UNROLL for (int k = 0; k < 5; k++) butterflies(v, k);
   UNROLL for (int i = 0; i < 32; i++)
-    for (int w = 0; w < W; w++) v[i][w] *= H;
+    for (int w = 0; w < W; w++) v[i][w] *= scale;
 }
 
 // m, the largest magnitude. These are not negative, so that they compare as integers, where NaN is larger than everything

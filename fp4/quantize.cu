@@ -90,13 +90,13 @@ __device__ void spread(uint32_t signs, Turn turn, bool tiles, Signs& to) {
   }
 }
 
-// v, part threadIdx.x % 4 of line threadIdx.x / 4 of the output's tile at (row, column) -> memory
-template <Format format, bool random>
+// v, part threadIdx.x % 4 of line threadIdx.x / 4 of the output's tile at (row, column) -> memory; usual: turn is before, known to the compiler
+template <Format format, bool random, bool usual>
 __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64_t row, int64_t column, uint64_t seed, const Operand& to,
                          int (&tops)[TILE_THREADS / 32]) {
   float m[1];
   Pairs h;
-  turn == Turn::none ? largest(v, m) : hadamard(v, m);
+  usual || turn != Turn::none ? hadamard(v, m) : largest(v, m);
   const int line = threadIdx.x / 4, part = threadIdx.x % 4, e = absmax_exponent(m[0]);
   const bool ok = finite(m[0]), counts = ok && m[0] > 0;
   const int64_t block = (row + line) * to.blocks + column / 32 + part;
@@ -112,7 +112,7 @@ __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64
       UNROLL for (int i = 0; i < 32; i++) v[i][0] = nearest(v[i][0] * factor, unit);
       UNROLL for (int i = 0; i < 8; i++) word[i] = fp8x4<right>(v[4 * i][0], v[4 * i + 1][0], v[4 * i + 2][0], v[4 * i + 3][0]);
     }
-    UNROLL for (int i = 0; i < 8; i++) word[i] ^= after[i];
+    if (!usual) UNROLL for (int i = 0; i < 8; i++) word[i] ^= after[i];
     const int64_t tile = row / SIDE * (unsigned(to.blocks + 3) / 4) + column / SIDE;
     store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else {
@@ -121,8 +121,9 @@ __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64
     if (inside || to.scale_tiles) ((uint8_t*)to.scales)[place] = ok ? e + 127 : 255;       // the whole tile, of zeros beyond the matrix
     if (!inside) return;
     if (random) stochastic(v, .75f * pow2(-e) * UNIT, seed, block, h);
-    const uint4 q = random ? nibbles(h) : nearest<false>(v, .75f * pow2(-e) * ONE);
-    ((uint4*)to.values)[block] = counts ? make_uint4(q.x ^ after[0], q.y ^ after[1], q.z ^ after[2], q.w ^ after[3]) : make_uint4(0, 0, 0, 0);
+    uint4 q = random ? nibbles(h) : nearest<false>(v, .75f * pow2(-e) * ONE);
+    if (!usual) q = make_uint4(q.x ^ after[0], q.y ^ after[1], q.z ^ after[2], q.w ^ after[3]);
+    ((uint4*)to.values)[block] = counts ? q : make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -180,7 +181,7 @@ struct PackedMatrix {
 };
 
 // tiles below one another, so that what a packed one needs, 17 bytes a thread, is read while the one before is rotated
-template <class Source, Format format, bool random>
+template <class Source, Format format, bool random, bool usual>
 __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
                                                                    Operand rows, Operand columns) {
   using T = typename Source::Element;
@@ -190,22 +191,20 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source
   const int line = threadIdx.x / 4, part = threadIdx.x % 4;
   int64_t m0 = int64_t(blockIdx.x) * SIDE;
   auto next = source.read(M, K, m0, k0);
+  if (threadIdx.x < 32) spread(uint32_t(*how.signs), how.columns, format != Format::packed, s.of_columns);
+  else if (Source::both && threadIdx.x < 64) spread(uint32_t(*how.signs), how.rows, format != Format::packed, s.of_rows);
   while (true) {
     source.fill(s, next);
-    if (Source::both || m0 < step) {
-      if (threadIdx.x < 32) spread(uint32_t(*how.signs), how.columns, format != Format::packed, s.of_columns);
-      else if (Source::both && threadIdx.x < 64) spread(uint32_t(*how.signs), how.rows, format != Format::packed, s.of_rows);
-    }
     __syncthreads();
     Vector v;
     if constexpr (Source::both) {
       load(s.at(line, 32 * part), v, s.of_rows.before);
-      quantize<format, random>(v, how.rows, s.of_rows.after, m0, k0, seeds[0], rows, s.tops);
+      quantize<format, random, usual>(v, how.rows, s.of_rows.after, m0, k0, seeds[0], rows, s.tops);
       asm volatile("" ::: "memory");                                       // the signs are read again, not kept in registers
     } else next = source.read(M, K, m0 + step, k0);
     const T* column = s.at(32 * part, line);
     UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.of_columns.before[i]);
-    quantize<format, random>(v, how.columns, s.of_columns.after, k0, m0, seeds[Source::both], columns, s.tops);
+    quantize<format, random, usual>(v, how.columns, s.of_columns.after, k0, m0, seeds[Source::both], columns, s.tops);
     if (Source::both || (m0 += step) >= M) break;                          // of both: no registers are left for a next one
     __syncthreads();
   }
@@ -230,8 +229,12 @@ template <class Source>
 void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds, Operand rows, Operand columns, void* stream) {
   if (!M || !K) return;
   constexpr Format fp8 = Source::both ? Format::left : Format::right, four = Format::packed;
-  const auto kernel = how.format == fp8 ? how.stochastic ? backward_kernel<Source, fp8, true> : backward_kernel<Source, fp8, false>
-                                        : how.stochastic ? backward_kernel<Source, four, true> : backward_kernel<Source, four, false>;
+  const auto choose = [&](auto random, auto usual) {
+    return how.format == fp8 ? backward_kernel<Source, fp8, random(), usual()> : backward_kernel<Source, four, random(), usual()>;
+  };
+  const std::true_type yes; const std::false_type no;
+  const bool usual = how.columns == Turn::before && (how.rows == Turn::before || !Source::both);
+  const auto kernel = how.stochastic ? usual ? choose(yes, yes) : choose(yes, no) : usual ? choose(no, yes) : choose(no, no);
   const int bytes = sizeof(Shared<typename Source::Element>);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   rows.scale_tiles = columns.scale_tiles = how.format == Format::mxf4;
