@@ -21,7 +21,7 @@ test_cuda_on_cpu.py puts this before a .cu and turns each launch into a call of 
 #define cudaFuncSetAttribute(...)
 #define cudaGetLastError() cudaSuccess
 #define cudaGetDevice(device) (*(device) = 0)
-#define cudaDeviceGetAttribute(value, ...) (*(value) = 4)      // multiprocessors: few, so that a block takes many tiles
+#define cudaDeviceGetAttribute(value, which, device) (*(value) = (which) == cudaDevAttrMultiProcessorCount ? 4 : 1 << 18)     // few, so that a block takes many tiles
 #define cudaGetErrorString(error) "no error"
 
 using std::max, std::min;

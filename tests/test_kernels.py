@@ -119,6 +119,23 @@ def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, format, sam
         same_operand(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how[:2], format), reference.requantize(*packed, signs, seeds[2:], *how[:2]), True)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("format", ["packed", "fp8"])
+def test_tiles_that_a_block_of_threads_takes_one_after_the_other(format, stochastic):
+    """of a matrix so wide that a column of six tiles has two blocks; the shapes above have a block a tile"""
+    M, K, how = 700, 128 * torch.cuda.get_device_properties().multi_processor_count - 32, (stochastic, "before", "before")
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[M // 2, 5] = torch.nan
+    packed, (signs, seeds) = reference.quantize_forward(x, "floor")[:2], reference.draw(x, x, 3)
+    got = ops.quantize_backward(*(t.cuda() for t in (x, signs, seeds[:2])), *how, format)
+    want = reference.quantize_backward(x, signs, seeds[:2], *how)
+    turned = ops.requantize(*(t.cuda() for t in (*packed, signs, seeds[2:])), *how[:2], format)
+    for i, right, a, b in ((0, False, got, want), (2, False, got, want), (0, True, turned, reference.requantize(*packed, signs, seeds[2:], *how[:2]))):
+        if format == "packed": same([t.cpu() for t in a[i:i + 2]], b[i:i + 2])
+        else: same_tiles(a[i:i + 2], b[i:i + 2], right)
+
+
 PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
