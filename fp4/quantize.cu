@@ -66,12 +66,12 @@ struct Operand {                                                           // [r
 
 struct Signs { uint32_t before[32], after[8]; };                           // sign bits of a block, where each use wants them
 
-template <class T> struct Shared {
+struct alignas(16) Shared { Signs of_rows, of_columns; int tops[TILE_THREADS / 32]; };
+
+template <class T> struct Tile {                                           // 128 x 128 values in shared memory
   // 16 bytes more after each 32 values, and 8 values more after each 32 rows: then no access below meets a bank twice
   static constexpr int GROUP = 32 * sizeof(T) + 16, PITCH = 4 * GROUP, SKEW = 8 * sizeof(T);
   uint8_t x[SIDE * PITCH + 4 * SKEW];
-  Signs of_rows, of_columns;
-  int tops[TILE_THREADS / 32];
   __device__ T* at(int row, int column) {
     return reinterpret_cast<T*>(x + row * PITCH + row / 32 * SKEW + column / 32 * GROUP + column % 32 * int(sizeof(T)));
   }
@@ -131,26 +131,21 @@ __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64
 __device__ float get(bfloat16 x, uint32_t sign) { return float_of(x.bits * 65536u + sign); }
 __device__ float get(float x, uint32_t sign) { return flipped(x, sign); }
 
-// what reads rows m0 ... of a matrix [M, K], zeros beyond it, and fills s.x with them
+// what fills a tile with rows m0 ... of a matrix [M, K], and with zeros beyond it: begin() has it on its way, end() in the tile
 template <class T> struct Matrix {
   using Element = T;
   const T* x;
   static constexpr bool both = true;                                       // the operand of dy itself is wanted too
   static constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;      // 16 bytes a thread and step
-  struct Read { uint4 q[STEPS]; };
-  __device__ Read read(int64_t M, int64_t K, int64_t m0, int64_t k0) const {
-    const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
+  struct Read {};
+  __device__ Read begin(Tile<T>& tile, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
+    const int row = threadIdx.x % TILE_THREADS / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
     const T* from = x + (m0 + row) * K + k0 + at;
     const int rows = k0 + at < K ? int(min(M - m0, int64_t(SIDE))) : 0;
-    Read r = {};
-    UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K)               // all reads are under way before the first is awaited
-      if (row + i * ROWS < rows) r.q[i] = *reinterpret_cast<const uint4*>(from);
-    return r;
+    UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K) copy16(tile.at(row + i * ROWS, at), from, row + i * ROWS < rows);
+    return {};
   }
-  __device__ void fill(Shared<T>& s, const Read& r) const {
-    const int row = threadIdx.x / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
-    UNROLL for (int i = 0; i < STEPS; i++) *reinterpret_cast<uint4*>(s.at(row + i * ROWS, at)) = r.q[i];
-  }
+  __device__ void end(Tile<T>&, Read) const { wait_for_copies(); }
 };
 
 struct PackedMatrix {
@@ -158,15 +153,15 @@ struct PackedMatrix {
   using Element = bfloat16;
   static constexpr bool both = false;
   struct Read { uint4 q; uint8_t scale; };
-  __device__ Read read(int64_t M, int64_t K, int64_t m0, int64_t k0) const {                           // a block a thread
+  __device__ Read begin(Tile<bfloat16>&, int64_t M, int64_t K, int64_t m0, int64_t k0) const {         // a block a thread
     const int row = threadIdx.x / 4, at = threadIdx.x % 4;
     const int64_t block = ((m0 + row) * K + k0) / 32 + at;
     const bool inside = m0 + row < M && k0 + 32 * at < K;
     return {inside ? reinterpret_cast<const uint4*>(codes)[block] : make_uint4(0, 0, 0, 0), inside ? scales[block] : uint8_t(0)};
   }
-  __device__ void fill(Shared<bfloat16>& s, const Read& r) const {
+  __device__ void end(Tile<bfloat16>& tile, const Read& r) const {
     const uint32_t word[4] = {r.q.x, r.q.y, r.q.z, r.q.w};
-    bfloat16* to = s.at(threadIdx.x / 4, 32 * (threadIdx.x % 4));
+    bfloat16* to = tile.at(threadIdx.x / 4, 32 * (threadIdx.x % 4));
     const __nv_bfloat162 scale = __float2bfloat162_rn(scale_of(r.scale));
     UNROLL for (int j = 0; j < 4; j++) {
       const uint2 a = bfloats(word[j]), b = bfloats(word[j] >> 16);
@@ -180,33 +175,35 @@ struct PackedMatrix {
   }
 };
 
-// tiles below one another, so that what a packed one needs, 17 bytes a thread, is read while the one before is rotated
+// tiles below one another. With room for two, `ahead`, one is on its way while the one before is rotated
 template <class Source, Format format, bool random, bool usual>
 __global__ void __launch_bounds__(TILE_THREADS, 2) backward_kernel(Source source, int64_t M, int64_t K, Backward how, const int64_t* seeds,
-                                                                   Operand rows, Operand columns) {
+                                                                   Operand rows, Operand columns, bool ahead) {
   using T = typename Source::Element;
   extern __shared__ __align__(16) uint8_t memory[];
-  Shared<T>& s = *reinterpret_cast<Shared<T>*>(memory);
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  Tile<T>* const tiles = reinterpret_cast<Tile<T>*>(memory + sizeof(Shared));
   const int64_t k0 = int64_t(blockIdx.y) * SIDE, step = int64_t(gridDim.x) * SIDE;
   const int line = threadIdx.x / 4, part = threadIdx.x % 4;
   int64_t m0 = int64_t(blockIdx.x) * SIDE;
-  auto next = source.read(M, K, m0, k0);
+  auto next = source.begin(tiles[0], M, K, m0, k0);
   if (threadIdx.x < 32) spread(uint32_t(*how.signs), how.columns, format != Format::packed, s.of_columns);
   else if (Source::both && threadIdx.x < 64) spread(uint32_t(*how.signs), how.rows, format != Format::packed, s.of_rows);
-  while (true) {
-    source.fill(s, next);
+  for (int now = 0;; now ^= 1, m0 += step) {
+    const bool more = ahead && m0 + step < M;
+    source.end(tiles[now], next);
     __syncthreads();
+    if (more) next = source.begin(tiles[now ^ 1], M, K, m0 + step, k0);
     Vector v;
     if constexpr (Source::both) {
-      load(s.at(line, 32 * part), v, s.of_rows.before);
+      load(tiles[now].at(line, 32 * part), v, s.of_rows.before);
       quantize<format, random, usual>(v, how.rows, s.of_rows.after, m0, k0, seeds[0], rows, s.tops);
       asm volatile("" ::: "memory");                                       // the signs are read again, not kept in registers
-    } else next = source.read(M, K, m0 + step, k0);
-    const T* column = s.at(32 * part, line);
-    UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * s.PITCH / int(sizeof(T))], s.of_columns.before[i]);
+    }
+    const T* column = tiles[now].at(32 * part, line);
+    UNROLL for (int i = 0; i < 32; i++) v[i][0] = get(column[i * Tile<T>::PITCH / int(sizeof(T))], s.of_columns.before[i]);
     quantize<format, random, usual>(v, how.columns, s.of_columns.after, k0, m0, seeds[Source::both], columns, s.tops);
-    if (Source::both || (m0 += step) >= M) break;                          // of both: no registers are left for a next one
-    __syncthreads();
+    if (!more) break;
   }
 }
 
@@ -235,12 +232,14 @@ void backward(Source source, int64_t M, int64_t K, Backward how, const int64_t* 
   const std::true_type yes; const std::false_type no;
   const bool usual = how.columns == Turn::before && (how.rows == Turn::before || !Source::both);
   const auto kernel = how.stochastic ? usual ? choose(yes, yes) : choose(yes, no) : usual ? choose(no, yes) : choose(no, no);
-  const int bytes = sizeof(Shared<typename Source::Element>);
+  const int tile = sizeof(Tile<typename Source::Element>), base = sizeof(Shared);
+  const bool ahead = 2 * (base + 2 * tile + 1024) <= shared_memory();      // of two blocks; 1024 are CUDA's
+  const int bytes = base + (1 + ahead) * tile;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   rows.scale_tiles = columns.scale_tiles = how.format == Format::mxf4;
   const int64_t high = ceil_div(M, SIDE), wide = ceil_div(K, SIDE);
-  const dim3 grid(unsigned(Source::both ? high : min(high, max(int64_t(1), 2 * processors() / wide))), unsigned(wide));
-  kernel<<<grid, TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns);
+  const dim3 grid(unsigned(ahead ? min(high, max(int64_t(1), 2 * processors() / wide)) : high), unsigned(wide));
+  kernel<<<grid, TILE_THREADS, bytes, (cudaStream_t)stream>>>(source, M, K, how, seeds, rows, columns, ahead);
 }
 
 void quantize_backward(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,

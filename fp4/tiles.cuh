@@ -20,13 +20,22 @@ constexpr int SIDE = 128;                                     // rows, and bytes
 constexpr int E4M3_TOP = 6, E5M2_TOP = 13;                    // the largest s
 constexpr int NONE = -1000;                                   // the exponent of a block that does not count
 
+// waits for the 128 neighbouring threads alone
+__device__ inline void sync128() {
+#ifdef __CUDA_ARCH__
+  asm volatile("bar.sync %0, 128;" :: "r"(1 + threadIdx.x / 128) : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // e, the exponent of this thread's block -> that of the scale it shares. tops: shared memory, an int a warp, for a right operand
 template <bool right> __device__ int shared_scale(int e, int* tops) {
   if (right) {
     const int warp = threadIdx.x / 32;
     for (int i = 16; i; i /= 2) e = max(e, __shfl_xor_sync(~0u, e, i));
     if (threadIdx.x % 32 == 0) tops[warp] = e;
-    __syncthreads();
+    sync128();
     for (int i = 0; i < 4; i++) e = max(e, tops[warp / 4 * 4 + i]);
   } else {
     for (int i = 1; i < 4; i *= 2) e = max(e, __shfl_xor_sync(~0u, e, i));
