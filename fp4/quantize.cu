@@ -114,7 +114,7 @@ __device__ void quantize(Vector& v, Turn turn, const uint32_t (&after)[8], int64
     }
     if (!usual) UNROLL for (int i = 0; i < 8; i++) word[i] ^= after[i];
     const int64_t tile = row / SIDE * (unsigned(to.blocks + 3) / 4) + column / SIDE;
-    store_line<right>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
+    store_line<right, !right && !random>(word, line, part, scale, tile, (uint4*)to.values, (float*)to.scales);
   } else {
     const bool inside = row + line < to.rows && column / 32 + part < to.blocks;
     const int64_t place = to.scale_tiles ? tiled(row + line, column / 32 + part, to.blocks) : block;
