@@ -139,7 +139,7 @@ template <class T> struct Matrix {
   static constexpr int N = 16 / sizeof(T), ROWS = TILE_THREADS / (SIDE / N), STEPS = SIDE / ROWS;      // 16 bytes a thread and step
   struct Read {};
   __device__ Read begin(Tile<T>& tile, int64_t M, int64_t K, int64_t m0, int64_t k0) const {
-    const int row = threadIdx.x % TILE_THREADS / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;
+    const int row = threadIdx.x % TILE_THREADS / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;       // % TILE_THREADS: else registers spill
     const T* from = x + (m0 + row) * K + k0 + at;
     const int rows = k0 + at < K ? int(min(M - m0, int64_t(SIDE))) : 0;
     UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K) copy16(tile.at(row + i * ROWS, at), from, row + i * ROWS < rows);
