@@ -49,7 +49,7 @@ def fit(args):
     for i, name in enumerate(law.NAMES[:6]):
         plain = (lambda x: np.exp(np.minimum(x, 99))) if name.startswith("ln ") else np.asarray
         fitted, drawn = f"{plain(base.theta[i]):.4g}", interval(plain(base.draws[:, i]))
-        if abs(base.theta[i]) > 99: fitted, drawn = "", VAGUE   # the fit ran away: this term is nowhere in the runs
+        if abs(base.theta[i]) > 99 or fitting.nowhere(base, i, n, d): fitted, drawn = "", VAGUE     # > 99: the fit ran away
         if drawn == VAGUE: drawn += UNTOLD.get(name, "")
         print(f"{name.removeprefix('ln '):6s} {fitted:>10s}   {drawn}")
     error = abs(np.exp(law.log_loss(base.theta, n, d)) - np.exp(y))

@@ -88,6 +88,12 @@ def fit_base(points, draws=DRAWS):
     return redraw(theta, np.repeat(theta[None], draws, 0), BASE, points, 0)
 
 
+def nowhere(fit, i, n, d):
+    """is coefficient i of the term A / N^alpha or B / D^beta, and does leaving that term out change no run by more than noise does?"""
+    without = np.where(np.arange(8) == i // 2 * 2, -np.inf, fit.theta)
+    return i < 4 and abs(log_loss(without, n, d) - log_loss(fit.theta, n, d)).max() <= 3 * np.median(fit.spread)
+
+
 def fit_method(base, free, points, seed):
     """eff_N, eff_D or both, from the runs of one method, on top of a base law"""
     starts = np.repeat(base.theta[None], 4, 0)

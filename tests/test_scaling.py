@@ -332,6 +332,18 @@ def test_a_fit_says_when_the_runs_do_not_tell_what_the_size_does(cli, tmp_path, 
     assert "do not tell" not in cli("fit")[1]
 
 
+@pytest.mark.parametrize("theta, missing", [
+    (TRUE, []), (TRUE * [-9, 1, 1, 1, 1, 1, 1, 1], [0, 1]), (TRUE * [1, 1, -9, 1, 1, 1, 1, 1], [2, 3]),
+    (np.array([-106, 39., 9.6, .39, .3, .37, 0, 0]), [0, 1]),                 # where a fit to such runs ended, on one machine
+])
+def test_a_term_is_nowhere_when_no_run_needs_it(theta, missing):
+    n, d, _ = grid([3e7, 6e7, 1e8], [1e9, 2e9, 4e9, 8e9])
+    fit = fitting.Fit(theta, theta[None], np.array([1e-4, 1e-3, 1e-2]))
+    assert [i for i in range(6) if fitting.nowhere(fit, i, n, d)] == missing
+    fit = fit._replace(spread=np.array([10.]))                  # so noisy that no term is seen
+    assert [i for i in range(6) if fitting.nowhere(fit, i, n, d)] == [0, 1, 2, 3]
+
+
 def test_regions_prints_and_draws_the_map_and_says_what_was_not_measured(cli, tmp_path):
     code, out, _ = cli("regions")
     assert code == 0 and "predicted, not measured" in out and "This machine was not measured" in out
