@@ -70,20 +70,6 @@ __device__ inline void unrotate(Vector& v, uint32_t inside, float alpha = 1) {
   hadamard(v, alpha * H);
 }
 
-// ---- 16 bytes of memory, or zeros, -> shared memory, while the thread goes on
-__device__ inline void copy16(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(inside ? 16 : 0) : "memory");
-#else
-  *(uint4*)to = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
-#endif
-}
-__device__ inline void wait_for_copies() {                                 // of this thread
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // ---- the current GPU
 inline int attribute(cudaDeviceAttr which) {
   int device, value;

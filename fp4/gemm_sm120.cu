@@ -12,6 +12,7 @@ Rows beyond M or N and values beyond K are zeros that cp.async writes without re
 
     nvcc -O3 -gencode=arch=compute_120a,code=sm_120a -c gemm_sm120.cu
 */
+#include "copy.cuh"
 #include "mma_mxf4.cuh"
 #include "ops.h"
 #include "scale_tiles.cuh"
@@ -25,10 +26,6 @@ static_assert(STAGES * STAGE <= 101376, "the shared memory a block can have on s
 // Where the 16-byte chunk (0..3) of a row (A's 0..255, then B's) lies in a stage. Two rows make 128 bytes, all 32 banks; the
 // permutation changes every two rows, so that the 8 rows of an ldmatrix, and 8 threads of a copy, meet every bank once
 __device__ uint32_t at(int row, int chunk) { return row * ROW + (chunk ^ row / 2 % 4) * 16; }
-
-__device__ void copy16(uint32_t to, const uint8_t* from, bool inside) {    // zeros if not inside: then nothing is read
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
 
 __device__ void load_matrices(uint32_t (&r)[4], uint32_t from) {           // four 8 x 16 bytes; lane l gives row l % 8 of l / 8
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -51,7 +48,7 @@ template <class T>
 __global__ void __launch_bounds__(THREADS) gemm_kernel(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b,
                                                        const uint8_t* b_scales, int M, int N, int K, float alpha, T* out) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const uint32_t smem = uint32_t(__cvta_generic_to_shared(shared));
+  const uint32_t smem = address(shared);
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int warp_m = threadIdx.x / 64, warp_n = threadIdx.x / 32 % 2;      // 4 x 2 warps
   const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, steps = (K + BK - 1) / BK;

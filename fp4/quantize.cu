@@ -15,6 +15,7 @@ is five additions; to round, see round.cuh.
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
 */
 #include <type_traits>
+#include "copy.cuh"
 #include "ops.h"
 #include "round.cuh"
 #include "scale_tiles.cuh"
@@ -142,7 +143,7 @@ template <class T> struct Matrix {
     const int row = threadIdx.x % TILE_THREADS / (SIDE / N), at = threadIdx.x % (SIDE / N) * N;       // % TILE_THREADS: else registers spill
     const T* from = x + (m0 + row) * K + k0 + at;
     const int rows = k0 + at < K ? int(min(M - m0, int64_t(SIDE))) : 0;
-    UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K) copy16(tile.at(row + i * ROWS, at), from, row + i * ROWS < rows);
+    UNROLL for (int i = 0; i < STEPS; i++, from += ROWS * K) copy16(address(tile.at(row + i * ROWS, at)), from, row + i * ROWS < rows);
     return {};
   }
   __device__ void end(Tile<T>&, Read) const { wait_for_copies(); }

@@ -8,9 +8,7 @@ function an instruction, sm_90 and later. An mbarrier counts arrivals and bytes;
 #include <string>
 #include <cuda.h>
 #include <cuda_runtime.h>
-
-// a place in shared memory, as these instructions want it
-__device__ inline uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+#include "copy.cuh"
 
 namespace tma {
 

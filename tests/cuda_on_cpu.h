@@ -35,6 +35,8 @@ inline uint8_t* shared_of[2];
 inline std::unique_ptr<std::barrier<>> all_blocks, blocks[2], warps[64];
 inline uint32_t slots[2048];
 
+inline size_t __cvta_generic_to_shared(const void* p) { return (const uint8_t*)p - dynamic_shared; }
+inline void* __cvta_shared_to_generic(size_t address) { return dynamic_shared + address; }
 inline int me() { return 1024 * in_cluster + threadIdx.x; }
 inline void __syncthreads() { blocks[in_cluster]->arrive_and_wait(); }
 inline void __syncwarp() { warps[me() / 32]->arrive_and_wait(); }

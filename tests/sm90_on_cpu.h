@@ -9,12 +9,12 @@ when its function returns, a product is summed in double. A barrier counts arriv
 #include <mutex>
 #include <cuda.h>
 #include "cuda_on_cpu.h"
+#include "copy.cuh"
 
 #define __grid_constant__
 #define __cluster_dims__(...)
 #define cudaMemsetAsync(data, value, bytes, stream) memset(data, value, bytes)
 
-inline uint32_t address(const void* p) { return uint32_t((const uint8_t*)p - dynamic_shared); }
 inline int __shfl_sync(unsigned, int x, int lane) {
   memcpy(&slots[me()], &x, 4), __syncwarp();
   memcpy(&x, &slots[me() / 32 * 32 + lane], 4), __syncwarp();
