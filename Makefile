@@ -25,7 +25,7 @@ kernels: $(INSTALLED) ## compile the kernels for this machine
 pictures: $(INSTALLED)
 	$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
 
-bench: kernels  ## on a GPU: kernels, linears and training steps against BF16, 7 minutes; rewrites the README's tables
+bench: kernels  ## on a GPU: kernels, linears and training steps against BF16, 5 to 7 minutes; rewrites the README's tables
 	$(PYTHON) -m fp4.bench
 
 # a .cu named after a machine is for that machine, every other one for all of these

@@ -89,7 +89,7 @@ def fit_base(points, draws=DRAWS):
 
 
 def nowhere(fit, i, n, d):
-    """is coefficient i of the term A / N^alpha or B / D^beta, and does leaving that term out change no run by more than noise does?"""
+    """whether coefficient i is one of A / N^alpha or B / D^beta and no run needs that term: without it none moves by more than noise"""
     without = np.where(np.arange(8) == i // 2 * 2, -np.inf, fit.theta)
     return i < 4 and abs(log_loss(without, n, d) - log_loss(fit.theta, n, d)).max() <= 3 * np.median(fit.spread)
 
