@@ -1,0 +1,1 @@
+"""Tools around the trainer: many runs, reports, measurements, and the scaling law."""
