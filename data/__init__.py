@@ -1,1 +1,1 @@
-# a package of its own, so that no other "data" on the import path is taken for it
+# This file makes data/ a package, so that no other "data" on the import path is taken for it.

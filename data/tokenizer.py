@@ -1,109 +1,179 @@
 """
-A byte-level BPE vocabulary of our own, trained from the corpus in seconds, so that none has to be downloaded.
-It lies beside the token files as vocab.tiktoken (tiktoken's text format: base64 of the token, rank), and
-tiktoken encodes with it.
-"""
-import base64, collections, heapq, os
-import regex, tiktoken                                  # regex: comes with tiktoken
-from data.tokens import DataError
+A byte-level BPE vocabulary, trained from the corpus in seconds, so that none has to be downloaded.
 
-# GPT-4's way to cut a text: a word with the space or sign before it; three digits; signs; line ends; spaces
-# but for the last, which goes to the word. Runs of spaces are bounded: a million overflow tiktoken's stack
+It lies beside the token files as vocab.tiktoken, in tiktoken's text format: a line holds a token in
+base64 and its rank. tiktoken encodes with it.
+"""
+import base64
+import collections
+import heapq
+import os
+
+import regex        # tiktoken depends on it, so it is always there
+import tiktoken
+
+from data.files import UserError, check
+
+# Text is cut into words as GPT-4 does it: letters with the space or sign before them; up to three
+# digits; signs; line ends; spaces, except the last, which goes to the word after it. Unlike in
+# GPT-4's pattern, runs of spaces are bounded, because a million of them overflow tiktoken's stack.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
            r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s")
-END = "<|endoftext|>"                                   # opens every document; the last id of a vocabulary
+END = "<|endoftext|>"       # opens every document, and has the last id of a vocabulary
+BYTES = [bytes([value]) for value in range(256)]
 
+
+# ---- training
 
 def train_bpe(texts, size):
     """
-    texts -> {token: rank}: the 256 bytes, then again and again the most frequent pair of neighbours, until
-    there are `size` tokens or no pair is found twice. Wikipedia's example, the word aaabdaaabac:
+    Trains a vocabulary on texts and returns it as {token: rank}.
+
+    It begins with the 256 bytes. Then the most frequent pair of neighbours becomes a token, again
+    and again, until there are `size` tokens or no pair occurs twice. Among equally frequent pairs
+    the first in byte order is taken. Wikipedia's example is the word aaabdaaabac:
 
         a a a b d a a a b a c     4 aa, 2 ab, ...     token 256 is aa
-        aa a b d aa a b a c       2 aaa, 2 ab, ...    token 257 is aaa: of equals, the first in byte order
-        aaa b d aaa b a c         2 aaab, ...         token 258 is aaab; then no pair is left twice
+        aa a b d aa a b a c       2 aaa, 2 ab, ...    token 257 is aaa, before ab in byte order
+        aaa b d aaa b a c         2 aaab, ...         token 258 is aaab; no other pair occurs twice
 
-    Equal words are kept once, with a weight; a merge visits only the words that hold the pair. A pair is its
-    joined bytes, as in tiktoken's encoder. Counts in the heap may be old: they are corrected when popped.
+    Equal words are kept once, with a weight, and a merge visits only the words that hold the pair.
+    A pair is identified by its joined bytes, as in tiktoken's encoder.
     """
-    found = collections.Counter()
-    for text in texts: found.update(regex.findall(PATTERN, text))
-    words = [[bytes([b]) for b in word.encode()] for word in found]
-    weights = list(found.values())
-    counts, where = collections.Counter(), collections.defaultdict(set)     # pair -> how often, in what words
-    for i, word in enumerate(words):
-        for a, b in zip(word, word[1:]):
-            counts[a + b] += weights[i]
-            where[a + b].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]
+    words, weights = split_words(texts)
+    counts, words_with = count_pairs(words, weights)
+    heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
-    ranks = {bytes([b]): b for b in range(256)}
+    ranks = {token: rank for rank, token in enumerate(BYTES)}
     while heap and len(ranks) < size:
-        n, pair = heapq.heappop(heap)
-        if -n != counts[pair]:
+        negative_count, pair = heapq.heappop(heap)
+        if -negative_count != counts[pair]:
+            # Counts in the heap are not updated by merges; an old one is corrected here.
             heapq.heappush(heap, (-counts[pair], pair))
             continue
-        if -n < 2: break
-        ranks.setdefault(pair, len(ranks))              # a token already: two ways to make it, rare
-        grown = set()
-        for i in where.pop(pair):
-            for p, change in merge(words[i], pair):
-                counts[p] += change * weights[i]
-                if change > 0:
-                    where[p].add(i)
-                    grown.add(p)
-        for p in grown: heapq.heappush(heap, (-counts[p], p))
+        if counts[pair] < 2:
+            break
+        # A pair may be a token already, though rarely: its bytes can be joined in two ways.
+        ranks.setdefault(pair, len(ranks))
+        for new_pair in merge_everywhere(pair, words, weights, counts, words_with):
+            heapq.heappush(heap, (-counts[new_pair], new_pair))
     return ranks
 
 
+def split_words(texts):
+    """Returns the distinct words of the texts, as lists of single bytes, and their frequencies."""
+    frequencies = collections.Counter()
+    for text in texts:
+        frequencies.update(regex.findall(PATTERN, text))
+    words = [[BYTES[value] for value in word.encode()] for word in frequencies]
+    return words, list(frequencies.values())
+
+
+def count_pairs(words, weights):
+    """Returns {pair: how often it occurs} and {pair: indices of the words that hold it}."""
+    counts = collections.Counter()
+    words_with = collections.defaultdict(set)
+    for i, word in enumerate(words):
+        for left, right in zip(word, word[1:]):
+            counts[left + right] += weights[i]
+            words_with[left + right].add(i)
+    return counts, words_with
+
+
+def merge_everywhere(pair, words, weights, counts, words_with):
+    """Merges a pair in all words, updates the counts, and returns the pairs that became more."""
+    grown = set()
+    for i in words_with.pop(pair):
+        for changed_pair, change in merge(words[i], pair):
+            counts[changed_pair] += change * weights[i]
+            if change > 0:
+                words_with[changed_pair].add(i)
+                grown.add(changed_pair)
+    return grown
+
+
 def merge(word, pair):
-    """join neighbours that make `pair`, in place, from the left; yields pairs that go (-1), come (+1)"""
+    """
+    Joins the neighbours in a word that make `pair`, in place and from the left.
+
+    Yields (pair, -1) for each pair that this removes and (pair, +1) for each that it adds.
+    """
     i = 0
     while i + 1 < len(word):
         if word[i] + word[i + 1] == pair:
             yield pair, -1
-            for left in word[max(i - 1, 0):i]: yield from ((left + word[i], -1), (left + pair, +1))
-            for right in word[i + 2:i + 3]: yield from ((word[i + 1] + right, -1), (pair + right, +1))
+            if i > 0:
+                yield word[i - 1] + word[i], -1
+                yield word[i - 1] + pair, +1
+            if i + 2 < len(word):
+                yield word[i + 1] + word[i + 2], -1
+                yield pair + word[i + 2], +1
             word[i:i + 2] = [pair]
         i += 1
 
 
+# ---- files and encodings
+
 def encoding_of(ranks):
-    return tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    """Returns tiktoken's encoding with a vocabulary {token: rank}; END comes after its tokens."""
+    return tiktoken.Encoding(
+        "own",
+        pat_str=PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END: len(ranks)},
+    )
 
 
 def save(ranks, path):
     with open(path, "wb") as file:
-        file.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+        for token, rank in ranks.items():
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
 
 
 def load(path):
-    """vocab.tiktoken -> {token: rank}; tiktoken's own reader caches by path and would miss a new file"""
+    """
+    Reads a vocab.tiktoken and returns {token: rank}.
+
+    tiktoken's own reader is not used, because it caches by path and would miss a new file.
+    """
+    ranks = {}
     try:
         with open(path, "rb") as file:
-            pairs = [line.split() for line in file]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            for line in file:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the vocabulary {path} ({error}): prepare the corpus again")
-    if {bytes([b]) for b in range(256)} - ranks.keys() or sorted(ranks.values()) != list(range(len(ranks))):
-        raise DataError(f"{path} is no whole vocabulary, a byte or rank is missing: prepare the corpus again")
+        raise UserError(f"cannot read the vocabulary {path} ({error}): prepare the corpus again")
+    has_all_bytes = ranks.keys() >= set(BYTES)
+    has_all_ranks = sorted(ranks.values()) == list(range(len(ranks)))
+    check(has_all_bytes and has_all_ranks,
+          f"{path} is no whole vocabulary, a byte or rank is missing: prepare the corpus again")
     return ranks
 
 
 def load_encoding(path):
-    """the encoding of a corpus folder or a vocabulary file; where there is none GPT-2's, downloaded once"""
+    """
+    Returns the encoding of a corpus folder or of a vocabulary file.
+
+    Where there is no vocabulary file it is GPT-2's, which tiktoken downloads once.
+    """
     file = os.path.join(path, "vocab.tiktoken") if os.path.isdir(path) else path
     if os.path.exists(file):
         return encoding_of(load(file))
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:              # requests' errors are OSErrors
-        raise DataError(f"{file} is not there, and GPT-2's vocabulary cannot be downloaded "
+    except (OSError, ValueError) as error:      # the errors of requests are OSErrors
+        raise UserError(f"{file} is not there, and GPT-2's vocabulary cannot be downloaded "
                         f"({type(error).__name__}): connect once, and tiktoken keeps a copy")
 
 
 def vocab_size(folder, shards):
-    """without a download: of our vocabulary, else Llama 3's or GPT-2's by the width of the tokens"""
+    """
+    Returns the number of entries in a corpus's vocabulary, without a download.
+
+    Where the folder has no vocabulary file, the width of the tokens tells: 4 bytes mean Llama 3's
+    vocabulary, 2 bytes GPT-2's.
+    """
     if os.path.exists(os.path.join(folder, "vocab.tiktoken")):
         return load_encoding(folder).n_vocab
     return 128256 if shards[0].dtype.itemsize == 4 else 50257

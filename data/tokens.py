@@ -1,68 +1,103 @@
 """
-Token files, and the batches read from them. Three layouts, told apart by their first four bytes:
+Token files, and the batches that are read from them.
 
-    llm.c, GPT-2      256 int32: 20240520, 1, number of tokens, 0 ...; then uint16. Ours are of this kind
+There are three layouts, told apart by their first four bytes. All numbers are little-endian:
+
+    llm.c, GPT-2      256 int32: 20240520, 1, number of tokens, 0 ...; then uint16
     llm.c, Llama 3    256 int32: 20240801, 7, number of tokens, 0 ...; then uint32
-    nanoGPT           nothing but uint16
+    nanoGPT           no header, only uint16
 
-Files are memory-mapped, so a corpus may be larger than memory; several files (shards) make one corpus.
+TokenWriter writes the first, or the second when the vocabulary has more than 65,536 entries. Files
+are memory-mapped, so that a corpus may be larger than memory. Several files (shards) make one
+corpus.
 """
-import codecs, functools, glob, os
+import codecs
+import contextlib
+import functools
+import glob
+import os
+
 import numpy as np
 
-HEADER = 1024                                           # bytes
-KINDS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}    # magic: version, type; all little-endian
-FOREIGN = {b"\x89PNG": "PNG", b"\x1f\x8b\x08": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd",
-           b"\x93NUMPY": "NumPy", b"PAR1": "Parquet", b"\x80\4\x95": "pickle", b"\x80\5\x95": "pickle"}
+from data.files import UserError, atomic_open, check
+
+HEADER_BYTES = 1024
+GPT2 = 20240520
+LLAMA3 = 20240801
+LAYOUTS = {GPT2: (1, "<u2"), LLAMA3: (7, "<u4")}    # first number of the header: version, dtype
+FOREIGN_FILES = {
+    b"\x89PNG": "PNG",
+    b"\x1f\x8b\x08": "gzip",
+    b"PK\3\4": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x93NUMPY": "NumPy",
+    b"PAR1": "Parquet",
+    b"\x80\4\x95": "pickle",
+    b"\x80\5\x95": "pickle",
+}
 
 
-class DataError(Exception):
-    """the message is one sentence for the user: what, where, what to do"""
-
+# ---- reading files
 
 def open_tokens(pattern):
-    """a file, or a glob that names several shards -> their tokens, one memory map a file"""
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    """
+    Opens a token file, or all the shards that a glob names.
+
+    Returns a list of one-dimensional memory maps, one a file, in the order of the files' names.
+    """
+    if os.path.exists(pattern):
+        # A path that exists is never read as a glob: its name may contain a bracket.
+        paths = [pattern]
+    else:
+        paths = sorted(glob.glob(pattern))
     paths = [path for path in paths if os.path.isfile(path)]
-    if not paths:
-        raise DataError(f"there is no token file {pattern}: make it with python data/prepare.py")
+    check(paths, f"there is no token file {pattern}: make it with python data/prepare.py")
     return [open_file(path) for path in paths]
 
 
 def open_file(path):
-    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(HEADER)
+        head = file.read(HEADER_BYTES)
     magic = int.from_bytes(head[:4], "little")
-    if magic not in KINDS:
-        check_headerless(path, head, size)
+    if magic not in LAYOUTS:
+        check_headerless(path, head)
         return np.memmap(path, "<u2", "r")
-    (version, dtype), (_, found, n) = KINDS[magic], np.frombuffer(head.ljust(12, b"\0"), "<u4", 3).tolist()
-    expected = HEADER + n * np.dtype(dtype).itemsize
-    if size < HEADER or size != expected:
-        wrong = "truncated" if size < expected else "too long"
-        raise DataError(f"{path} is {wrong}: {n:,} tokens and their header take {expected:,} bytes, "
-                        f"the file has {size:,}; prepare it again")
-    if found != version:
-        raise DataError(f"{path} has version {found} of its format, not {version}: prepare it again")
-    if n < 2:
-        raise DataError(f"{path} holds {n} tokens, and to predict one takes two: prepare it from more text")
-    return np.memmap(path, dtype, "r", HEADER)
+    version, dtype = LAYOUTS[magic]
+    check_header(path, head, version, np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype, "r", HEADER_BYTES)
 
 
-def check_headerless(path, head, size):
-    """bare uint16 have no mark of their own: refuse what is evidently something else"""
-    for start, kind in FOREIGN.items():
-        if head.startswith(start):
-            raise DataError(f"{path} is a {kind} file, not tokens: name what data/prepare.py has made")
-    if size >= 16 and is_text(head):
-        raise DataError(f"{path} looks like text, not tokens: prepare it with python data/prepare.py {path}")
-    if size < 4 or size % 2:
-        raise DataError(f"{path} has {size:,} bytes, not two or more tokens of 2 bytes: prepare it again")
+def check_header(path, head, layout_version, token_bytes):
+    """Refuses a file of llm.c whose length, version or number of tokens is wrong."""
+    size = os.path.getsize(path)
+    # The file may end within the header: zeros stand in for what is missing, and the length is
+    # checked first.
+    _, version, n = np.frombuffer(head.ljust(12, b"\0"), "<u4", 3).tolist()
+    expected = HEADER_BYTES + n * token_bytes
+    fault = "truncated" if size < expected else "too long"
+    check(size == expected,
+          f"{path} is {fault}: {n:,} tokens and their header take {expected:,} bytes, "
+          f"the file has {size:,}; prepare it again")
+    check(version == layout_version,
+          f"{path} has version {version} of its format, not {layout_version}: prepare it again")
+    check(n >= 2,
+          f"{path} holds {n} tokens, and to predict one takes two: prepare it from more text")
+
+
+def check_headerless(path, head):
+    """Refuses what is evidently not a file of bare uint16, which begins with no magic number."""
+    for start, kind in FOREIGN_FILES.items():
+        check(not head.startswith(start),
+              f"{path} is a {kind} file, not tokens: name what data/prepare.py has made")
+    size = os.path.getsize(path)
+    check(size < 16 or not is_text(head),
+          f"{path} looks like text, not tokens: prepare it with python data/prepare.py {path}")
+    check(size >= 4 and size % 2 == 0,
+          f"{path} has {size:,} bytes, not two or more tokens of 2 bytes: prepare it again")
 
 
 def is_text(head):
-    """UTF-8 without control characters; its last character may be cut off"""
+    """Tells whether the bytes are UTF-8 without control characters; the last may be cut off."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -70,84 +105,139 @@ def is_text(head):
     return all(c.isprintable() or c in "\t\n\r\f\ufeff" for c in text)
 
 
+def check_range(tokens, vocab, path, start):
+    """Refuses tokens outside the vocabulary; they lie in the file from position `start` on."""
+    if len(tokens) == 0 or tokens.max() < vocab:
+        return
+    i = int((tokens >= vocab).argmax())
+    raise UserError(
+        f"token {tokens[i]} at position {start + i:,} of {path}, but the vocabulary has "
+        f"{vocab:,} entries: the file was made with another tokenizer; prepare it again")
+
+
+# ---- writing files
+
 class TokenWriter:
-    """with TokenWriter(path, vocab) as out: out.append(tokens), any number of times. The file appears when it
-    is complete; after an exception what was there before is still there"""
+    """
+    Writes a token file piece by piece, in the layout that the size of the vocabulary calls for.
+
+        with TokenWriter(path, vocab) as out:
+            out.append(tokens)      # any number of times
+
+    The file appears when it is complete. After an exception, what was there before is still there.
+    """
 
     def __init__(self, path, vocab):
-        self.path, self.vocab, self.n = path, vocab, 0
-        self.magic = 20240520 if vocab <= 65536 else 20240801
-        self.version, self.dtype = KINDS[self.magic]
+        self.path = path
+        self.vocab = vocab
+        self.n = 0
+        self.magic = GPT2 if vocab <= 65536 else LLAMA3
+        self.version, self.dtype = LAYOUTS[self.magic]
 
     def __enter__(self):
-        self.file = open(self.path + ".tmp", "wb")
-        self.file.write(bytes(HEADER))
+        self.on_exit = contextlib.ExitStack()
+        self.file = self.on_exit.enter_context(atomic_open(self.path))
+        # What is pushed last runs first: the header is completed before the file is moved.
+        self.on_exit.push(self.write_header)
+        self.file.write(bytes(HEADER_BYTES))
         return self
 
     def append(self, tokens):
         tokens = np.asarray(tokens)
         check_range(tokens, self.vocab, self.path, self.n)
         self.n += len(tokens)
-        if self.n >= 2**31:
-            raise DataError(f"{self.path} would get 2**31 tokens, more than a header can say: split the text")
+        check(self.n < 2**31,
+              f"{self.path} would get 2**31 tokens, more than a header can say: split the text")
         self.file.write(tokens.astype(self.dtype).tobytes())
 
-    def __exit__(self, failed, *_):
-        try:
-            with self.file:
-                if not failed:
-                    self.file.seek(0)
-                    self.file.write(np.array([self.magic, self.version, self.n], "<i4").tobytes())
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if not failed: os.replace(self.path + ".tmp", self.path)
-        finally:
-            if os.path.exists(self.path + ".tmp"): os.remove(self.path + ".tmp")
+    def write_header(self, exception_type, *_):
+        """Fills in the number of tokens, which is known only at the end."""
+        if exception_type is None:
+            self.file.seek(0)
+            self.file.write(np.array([self.magic, self.version, self.n], "<i4").tobytes())
+
+    def __exit__(self, *exception):
+        return self.on_exit.__exit__(*exception)
 
 
-def check_range(tokens, vocab, path, start):
-    """the tokens, which lie in the file from `start` on, are all in the vocabulary"""
-    if len(tokens) and tokens.max() >= vocab:
-        i = int((tokens >= vocab).argmax())
-        raise DataError(f"token {tokens[i]} at position {start + i:,} of {path}, but the vocabulary has "
-                        f"{vocab:,} entries: the file was made with another tokenizer; prepare it again")
-
-
-@functools.lru_cache(2)                                 # a batch may lie in two epochs
-def epoch_order(windows, T, seed, epoch):
-    """by how much an epoch's windows are shifted, and in which order they come"""
-    rng = np.random.default_rng((seed, epoch))
-    return int(rng.integers(T)), rng.permutation(windows)
-
+# ---- batches
 
 def batch(shards, step, B, T, seed, vocab=None):
-    """x, y: int64 [B, T], y one token ahead. Each epoch reads every window of T+1 tokens once, in a fresh
-    order and from a fresh offset, as the paper's code does. Sequence g = step*B + b depends on nothing but g:
-    resume is exact, and the i-th of n slices of a batch is batch(shards, step*n + i, B//n, T, seed)"""
-    fits = [max((len(s) - T) // T, int(len(s) > T)) for s in shards]    # windows that fit at any offset
-    ends, total = np.cumsum(fits), sum(fits)
-    if not total:
-        raise DataError(f"{shards[0].filename} has {len(shards[0]):,} tokens: too few for a sequence of {T}, "
-                        f"which takes {T + 1}; shorten it or prepare more text")
+    """
+    Returns the training batch of a step: x and y, int64 [B, T], where y is one token ahead of x.
+
+    Each epoch reads every window of T + 1 tokens once, in a fresh order and from a fresh offset, as
+    the paper's code does. Sequence g = step * B + b depends on the seed and on g alone. Hence a
+    resumed run continues exactly, and the i-th of n slices of a batch is
+    batch(shards, step * n + i, B // n, T, seed).
+
+    UserError is raised if no shard holds T + 1 tokens, or if a token is not below `vocab`.
+    """
+    ends = np.cumsum([count_windows(len(shard), T) for shard in shards])
+    check(ends[-1] > 0,
+          f"{shards[0].filename} has {len(shards[0]):,} tokens: too few for a sequence of {T}, "
+          f"which takes {T + 1}; shorten it or prepare more text")
     rows = np.empty((B, T + 1), np.int64)
-    for b, g in enumerate(range(step * B, step * B + B)):
-        shift, order = epoch_order(total, T, seed, g // total)
-        window = int(order[g % total])
-        i = int(np.searchsorted(ends, window, "right"))
-        start = T * (window - int(ends[i]) + fits[i])
-        start += shift % min(T, len(shards[i]) - T * fits[i])           # all of it, but in a shard below 2T
-        rows[b] = shards[i][start:start + T + 1]
-        if vocab: check_range(rows[b], vocab, shards[i].filename, start)
+    for b in range(B):
+        shard, start = find_sequence(shards, ends, step * B + b, T, seed)
+        rows[b] = shard[start:start + T + 1]
+        if vocab:
+            check_range(rows[b], vocab, shard.filename, start)
     return rows[:, :-1].copy(), rows[:, 1:].copy()
 
 
+def count_windows(n_tokens, T):
+    """
+    Returns how many windows of T + 1 tokens an epoch reads from a shard.
+
+    That many fit at any offset below T; a shard too short for that still gives one if it holds one.
+    """
+    holds_one = int(n_tokens > T)
+    return max((n_tokens - T) // T, holds_one)
+
+
+def find_sequence(shards, ends, g, T, seed):
+    """
+    Returns the shard of sequence g of the run, and where in the shard the sequence starts.
+
+    ends[i] is the number of windows in the shards up to and including shard i.
+    """
+    total = int(ends[-1])
+    epoch, position = divmod(g, total)
+    offset, order = epoch_order(total, T, seed, epoch)
+    window = int(order[position])
+    i = int(np.searchsorted(ends, window, "right"))
+    n_windows = count_windows(len(shards[i]), T)
+    first_window = int(ends[i]) - n_windows
+    # The offset applies in full, except in a shard of fewer than 2T tokens, which has no room.
+    room = len(shards[i]) - T * n_windows
+    return shards[i], T * (window - first_window) + offset % min(T, room)
+
+
+@functools.lru_cache(2)     # the sequences of one batch may lie in two epochs
+def epoch_order(n_windows, T, seed, epoch):
+    """Returns by how many tokens an epoch's windows are shifted, and in which order they come."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(T)), rng.permutation(n_windows)
+
+
 def val_batches(shards, B, T, vocab=None):
-    """(x, y) [B, T] that predict every token but a shard's first, once, in order; padding is x = 0, y = -1"""
-    windows = [(s, start) for s in shards for start in range(0, len(s) - 1, T)]
+    """
+    Yields x and y, int64 [B, T], until every token but the first of a shard has been predicted.
+
+    Each token is predicted once, in order. Where a row is padded, x is 0 and y is -1.
+    """
+    windows = []
+    for shard in shards:
+        windows += [(shard, start) for start in range(0, len(shard) - 1, T)]
     for first in range(0, len(windows), B):
-        x, y = np.zeros((B, T), np.int64), np.full((B, T), -1)
-        for b, (s, start) in enumerate(windows[first:first + B]):
-            tokens = s[start:start + T + 1]
-            if vocab: check_range(tokens, vocab, s.filename, start)
-            x[b, :len(tokens) - 1], y[b, :len(tokens) - 1] = tokens[:-1], tokens[1:]
+        x = np.zeros((B, T), np.int64)
+        y = np.full((B, T), -1)
+        for b, (shard, start) in enumerate(windows[first:first + B]):
+            tokens = shard[start:start + T + 1]
+            if vocab:
+                check_range(tokens, vocab, shard.filename, start)
+            n = len(tokens) - 1
+            x[b, :n] = tokens[:-1]
+            y[b, :n] = tokens[1:]
         yield x, y

@@ -1,0 +1,56 @@
+"""
+Tell the user what to mend, and write files that are there whole or not at all.
+
+Everything outside fp4/ shares these names. This module imports no torch, so that the tools which
+only read files start at once.
+"""
+import contextlib
+import os
+
+
+class UserError(Exception):
+    """Carries one sentence for the user: what is wrong, where, and what to do about it."""
+
+
+def check(condition, sentence):
+    """Raises UserError(sentence) unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def atomic_write(path, save):
+    """
+    Calls save(file) on a binary file that takes the place of `path` once it is complete.
+
+    The folder of `path` is made if it is missing. If the file cannot be written, UserError is
+    raised, and what stood at `path` before stays as it was.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with atomic_open(path) as file:
+            save(file)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError, which has no strerror.
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}; what was there before is kept")
+
+
+@contextlib.contextmanager
+def atomic_open(path):
+    """
+    Opens path + ".tmp" for writing and moves it to `path` when the with statement ends.
+
+    After an exception it is removed instead, and what stood at `path` before stays as it was. The
+    file is forced to the disk before it is moved: otherwise a power cut soon after the move could
+    leave an empty file under the final name.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
