@@ -1,95 +1,202 @@
 """
-y = x w.T with all three matrix products in MXFP4: Quartet's Algorithm 1 (arXiv 2505.14669v4).
+A linear layer whose three matrix products run in MXFP4: Algorithm 1 of Quartet (arXiv 2505.14669,
+version 4). reference.py explains MXFP4 and the two quantisers, QuEST and Q.
 
-             left operand        right operand     summed over
-    y    =   QuEST(x H)          QuEST(w H).T      K   in-features     fixed rotation H
-    dx   =   Q(dy S)             Q(wq.T S).T       N   out-features    S = fresh random signs, then H
-    dw   =   Q(dy.T S)           Q(xq.T S).T       M   tokens
+Training a linear layer y = x w.T, with x [M, K], w [N, K] and y [M, N], takes three products. Each
+of them sums over one axis, and its two operands are quantised in blocks of 32 along that axis:
 
-H and S are orthogonal along the axis that is summed over, so they cancel inside each product. Both
-backward operands carry a factor 3/4 that keeps the largest value from clipping: alpha = 16/9 takes it out
-again. dx and dw arrive in the rotated basis of xq and wq: mask what clipped there, then rotate back.
+    product    exactly          sums over              what is multiplied here
+    forward    y  = x w.T       K, the in-features     xq wq.T,  xq = QuEST(x H),  wq = QuEST(w H)
+    dgrad      dx = dy w        N, the out-features    Q(dy S)    Q(wq.T S).T
+    wgrad      dw = dy.T x      M, the tokens          Q(dy.T S)  Q(xq.T S).T
 
-Saved for backward: xq and wq, 4.25 bits a value and one mask bit; nothing in high precision. With `recompute` not even
-xq: torch.compile makes x again from what others save, and it is quantised once more.
+H rotates each block: it is a fixed orthogonal matrix of 32 x 32. S is a random rotation, random
+signs followed by H, which is drawn anew in each call.
+
+Why rotate? A block of 32 numbers shares one scale, so that one large number makes its 31
+neighbours coarse. Multiplying the block by an orthogonal matrix spreads the large number over all
+of them. Both operands of a product are rotated by the same matrix along the axis that is summed
+over. There it cancels, up to what was rounded: (x H) (w H).T = x H H.T w.T = x w.T. It is random
+in the backward pass so that rounding errs differently in every step, and errors average out.
+
+Why two quantisers? The forward pass wants the smallest error and may clip large values: QuEST. The
+backward pass wants errors that are zero on average (no bias), because they add up over many layers
+and steps; so it must not clip. Q scales by a power of two that brings the largest value of a block
+into [4, 8), where 6 is the end of the grid, and then by 3/4, into [3, 6). A product of two such
+operands is 9/16 of what it should be, and is multiplied by 16/9.
+
+The gradient of rounding is zero almost everywhere, so the backward pass pretends that rounding
+changed nothing (a "straight-through estimator"). Where a value was clipped it does not: moving
+such a value changes nothing, and its gradient is set to zero. The mask says which values those are.
+
+dgrad multiplies with wq, which is rotated along K, so dx comes out rotated along K; likewise dw.
+The mask belongs to rotated values too. So dx and dw are masked first, and only then is H undone.
+
+What is saved for the backward pass? The two packed operands, 4.25 bits a value, and a mask with one
+bit a value that is 1 where it was not clipped. Nothing is saved in high precision. That is why the
+backward pass quantises wq and xq once more, along another axis, instead of w and x.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from . import baselines, emulated                              # every recipe that the kernels do not compute
-from .build import build
-from .product import operands
-from .recipes import recipe
 
-ops = torch.ops.fp4
+from . import emulate, ops
+from .build import build
+from .ops import Packed
+
+UNDO_BOTH_THREE_QUARTERS = 16 / 9        # (4/3)**2: each operand of a product carries 3/4
 
 
 class QuartetMatmul(torch.autograd.Function):
-    """x [M, K], w [N, K] -> [M, N] in x's dtype. w is only where the gradient goes: its values are in packed_w"""
+    """Computes y = x w.T, with forward, dgrad and wgrad in MXFP4.
+
+    x           [M, K]  float32 or bfloat16
+    weight      [N, K]  float32; it only receives the gradient: the products read w_quantized
+    w_quantized         what ops.quantize_forward makes of the weight: Packed wq, and its mask
+    recipe, backend, recompute      those of the Linear
+    returns     [M, N]  in x's dtype
+    """
 
     @staticmethod
-    def forward(ctx, x, w, packed_w, recipe, recompute):
-        y, *packed_x = ops.quantize_gemm(x, recipe.scale, *packed_w[:2])
-        ctx.save_for_backward(*([x] if recompute and torch.compiler.is_compiling() else packed_x), *packed_w)
+    def forward(ctx, x, weight, w_quantized, recipe, backend, recompute):
+        wq, w_mask = w_quantized
+        y, xq, x_mask = ops.quantize_gemm(x, recipe.forward_scale, wq)
+
+        # With recompute, a compiled model does not keep xq. It is given x, which torch.compile does
+        # not keep either (see backward), but computes again from what other layers keep.
+        ctx.recomputes_x = recompute and torch.compiler.is_compiling()
+        saved_x = (x,) if ctx.recomputes_x else (*xq, x_mask)
+        ctx.save_for_backward(*wq, w_mask, *saved_x)
         ctx.recipe = recipe
+        ctx.backend = backend
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *x, wc, ws, w_mask = ctx.saved_tensors          # times 1, because torch.compile saves what an op of ours reads
-        xc, xs, x_mask = x if len(x) == 3 else ops.quantize_forward(x[0] * 1.0, ctx.recipe.scale)
-        dy = dy.contiguous()
-        if ctx.recipe.backward:
-            sr, (dgrad, wgrad), format = ctx.recipe.stochastic, ctx.recipe.turns, operands(dy)
-            signs, seeds = ops.draw(dy, xc, 4)                                       # one sign word, four tensors
-            gc, gs, gtc, gts = ops.quantize_backward(dy, signs, seeds[:2], sr, dgrad, wgrad, format)       # dy and dy.T
-            wtc, wts = ops.requantize(wc, ws, signs, seeds[2:3], sr, dgrad, format)  # wq.T
-            xtc, xts = ops.requantize(xc, xs, signs, seeds[3:], sr, wgrad, format)   # xq.T
-            dx = ops.gemm_unrotate(gc, gs, wtc, wts, x_mask, 16 / 9, dy.dtype)
-            dw = ops.gemm_unrotate(gtc, gts, xtc, xts, w_mask, 16 / 9, torch.float32)
+        saved = ctx.saved_tensors
+        wq = Packed(*saved[:2])
+        w_mask = saved[2]
+        if ctx.recomputes_x:
+            # torch.compile keeps every tensor that an op of ours reads, so it would keep x. It does
+            # not keep x * 1.0: it repeats cheap arithmetic, and with it what led to x.
+            xq, x_mask = ops.quantize_forward(saved[3] * 1.0, ctx.recipe.forward_scale)
         else:
-            dx = ops.unrotate(dy @ ops.dequantize(wc, ws, dy.dtype), x_mask, dy.dtype)
-            dw = ops.unrotate(dy.T @ ops.dequantize(xc, xs, dy.dtype), w_mask, torch.float32)
-        return dx, dw, None, None, None
+            xq = Packed(*saved[3:5])
+            x_mask = saved[5]
+        dy = dy.contiguous()
+
+        if ctx.recipe.quantizes_backward:
+            dgrad, wgrad = quantize_gradient_operands(dy, xq, wq, ctx.recipe, ctx.backend)
+            dx = ops.gemm_unrotate(*dgrad, x_mask, UNDO_BOTH_THREE_QUARTERS, dy.dtype)
+            dw = ops.gemm_unrotate(*wgrad, w_mask, UNDO_BOTH_THREE_QUARTERS, torch.float32)
+        else:
+            dx = ops.unrotate(dy @ ops.dequantize(wq, dy.dtype), x_mask, dy.dtype)
+            dw = ops.unrotate(dy.T @ ops.dequantize(xq, dy.dtype), w_mask, torch.float32)
+        return dx, dw, None, None, None, None
+
+
+def quantize_gradient_operands(dy, xq, wq, recipe, backend):
+    """Returns the two operands of dgrad and the two of wgrad.
+
+    An operand is quantised along the axis that its product sums over. So dy is needed as it is and
+    transposed, and xq and wq, whose blocks lie along K, are needed transposed.
+    """
+    # The same 32 signs serve all four tensors. The two of a product must share them, or the
+    # rotation would not cancel. The draw is an op of its own because torch.compile would draw anew
+    # for each tensor that uses the signs, and the gradient would be silently wrong (its cosine with
+    # the true gradient was 0.23).
+    signs, seeds = ops.draw(dy, xq.codes, 4)
+    stochastic = recipe.stochastic
+    dgrad_order, wgrad_order = recipe.sign_orders
+    operand_format = backend.format_for(dy)
+
+    dy_rows, dy_columns = ops.quantize_backward(
+        dy, signs, seeds[:2], stochastic, dgrad_order, wgrad_order, operand_format)
+    w_columns = ops.requantize_transposed(
+        wq, signs, seeds[2:3], stochastic, dgrad_order, operand_format)
+    x_columns = ops.requantize_transposed(
+        xq, signs, seeds[3:], stochastic, wgrad_order, operand_format)
+    return (dy_rows, w_columns), (dy_columns, x_columns)
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias whose products run as its recipe says; in- and out-features are multiples of 32 (fp8: 16).
-    The weight stays float32 for the optimizer; recompute: see above. Linear(640, 1792, "fp4", scale="nearest")"""
+    """nn.Linear without a bias, whose matrix products run as its recipe says.
 
-    def __init__(self, n_in, n_out, precision, recompute=False, **axes):
-        self.recipe, self.recompute = recipe(precision, **axes), recompute
-        for name, n in (("in", n_in), ("out", n_out)):
-            if n % self.recipe.multiple:
-                raise ValueError(f"{precision}: {name}-features must be a multiple of {self.recipe.multiple}, got {n}")
-        self.kernels = self.recipe.kernels                      # once, not in the compiled graph
-        if self.kernels: build()                                # the kernels, at their first use
-        super().__init__(n_in, n_out, bias=False)
-        self.packed = self.version = None
+    The weight stays float32 for the optimizer. Where the kernels compute the recipe, they read a
+    quantised copy. quantize_weights makes it, once per optimizer step, and every microbatch and
+    evaluation uses it until the weight changes. Other recipes quantise the weight in each call.
+
+    recipe      what recipe("fp4") of recipes.py returns
+    backend     what build() returns; None: call it, if the recipe has kernels
+    recompute   for a layer whose input is cheap to compute again: when the model is compiled, the
+                backward pass computes and quantises x once more, and neither x nor xq is kept.
+                It has no effect otherwise
+
+    Raises ValueError unless both feature counts are multiples of the recipe's (MXFP4: 32).
+    """
+
+    def __init__(self, in_features, out_features, recipe, recompute=False, backend=None):
+        recipe.check_features(in_features, out_features)
+        super().__init__(in_features, out_features, bias=False)
+        self.recipe = recipe
+        self.recompute = recompute
+        self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
+        if backend is None and self.has_kernels:
+            backend = build()
+        self.backend = backend
+        self.stored_weight = None                   # the copy: Packed wq, and its mask
+        self.stored_version = None                  # of the weight from which it was made
 
     def forward(self, x):
-        if not self.recipe.quantised: return F.linear(x, self.weight.to(x.dtype))
+        if not self.recipe.is_quantized:
+            return F.linear(x, self.weight.to(x.dtype))
+
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if self.kernels: y = QuartetMatmul.apply(rows, self.weight, self.packed_weight(), self.recipe, self.recompute)
-        else:            y = emulated.Matmul.apply(rows, self.weight, self.recipe)
+        if self.has_kernels:
+            y = QuartetMatmul.apply(rows, self.weight, self.weight_operand(), self.recipe,
+                                    self.backend, self.recompute)
+        else:
+            y = emulate.Matmul.apply(rows, self.weight, self.recipe)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def packed_weight(self):
-        if self.packed is None or not torch.compiler.is_compiling() and self.version != self.weight._version:
-            return ops.quantize_forward(self.weight.detach(), self.recipe.scale)
-        return self.packed
+    def weight_operand(self):
+        """Returns the stored copy of the weight, or a new one if there is none or it is outdated.
+
+        A compiled graph cannot see that the weight has changed, and uses the copy in any case. So
+        quantize_weights has to be called after every change.
+        """
+        if self.stored_weight is None:
+            return self.quantized_now()
+        if not torch.compiler.is_compiling() and self.stored_version != self.weight._version:
+            return self.quantized_now()
+        return self.stored_weight
+
+    def quantized_now(self):
+        return ops.quantize_forward(self.weight.detach(), self.recipe.forward_scale)
 
     def quantize_weight(self):
-        """quantise now, for every forward until the weight changes; into the same memory each time"""
-        packed = ops.quantize_forward(self.weight.detach(), self.recipe.scale)
-        self.packed = [old.copy_(new) for old, new in zip(self.packed, packed)] if self.packed else packed
-        self.version = self.weight._version
+        """Makes the stored copy of the weight, which serves until the weight changes.
+
+        The copy stays in the same memory, where compiled and captured graphs expect it.
+        """
+        new = self.quantized_now()
+        if self.stored_weight is None:
+            self.stored_weight = new
+        else:
+            wq, w_mask = self.stored_weight
+            new_wq, new_mask = new
+            wq.codes.copy_(new_wq.codes)
+            wq.scales.copy_(new_wq.scales)
+            w_mask.copy_(new_mask)
+        self.stored_version = self.weight._version
 
 
-def quantize_weights_after(optimizer, model):
-    """quantise the weights of model's fp4 layers now, and after each optimizer.step(): once a step, not once a microbatch"""
-    layers = [m for m in model.modules() if isinstance(m, Linear) and m.kernels]
-    def quantize(*_):
-        for layer in layers: layer.quantize_weight()
-    quantize()
-    optimizer.register_step_post_hook(quantize)
+def quantize_weights(model):
+    """Quantises the weight of every layer of the model that runs on the kernels.
+
+    A training loop calls it before its first step and after every optimizer.step(): once a step,
+    not once a microbatch.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear) and module.has_kernels:
+            module.quantize_weight()

@@ -1,89 +1,180 @@
 """
-The table of precisions: one row per value of --precision. A row says for each of the three products of a linear layer
-(y = x w.T, dgrad dx = dy w, wgrad dw = dy.T x) how its two operands are quantised along the axis that is summed over,
-or None: not at all. Each column can be changed for one run, Linear(..., "fp4", scale="nearest") or --scale nearest,
-with one value for the products named at AXES or with three: --rotation 32:none:128 is forward, dgrad, wgrad.
+The table of precisions: one row for each value of --precision.
 
-A row whose numbers the MXFP4 kernels compute runs on them (`kernels`); any other is emulated in PyTorch
-(emulated.py), and so are the methods that no columns describe (baselines.py). A row of your own: RECIPES["mine"] =
-Recipe(...), as the README shows.
+A linear layer computes three matrix products: forward y = x w.T, dgrad dx = dy w, and wgrad
+dw = dy.T x. A row says for each of them how its two operands are quantised along the axis that is
+summed over; None means not at all. Each column of a row can be changed for one run, as in
+recipe("fp4", scale="nearest") or --scale nearest. A single value changes the products named at
+CHANGES below; three values, --rotation 32:none:128, are for forward, dgrad and wgrad.
+
+A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). Any other is emulated in
+PyTorch (emulate/matmul.py), and so are the methods that no columns describe (emulate/baselines.py).
+A row of your own is RECIPES["mine"] = Recipe(...), as the README shows.
 """
 from typing import NamedTuple
-from .formats import SCALES     # which scale rules a format has
+
+from .check import check
 
 
-class Product(NamedTuple):
-    format: str = "mxfp4"           # of the elements
-    scale: str = "absmax34"         # how a block finds its scale: formats.py
-    rotation: int = 32              # Hadamard rotation of so many neighbours along the sum; 0: none
-    signs: str = "before"           # random signs "before" the Hadamard, "after" it (then they do nothing), or "none"
-    rounding: str = "nearest"       # "nearest", "stochastic", or "eden": to nearest, then a factor against bias
-    right: str = "alike"            # the right operand, w, w.T or x.T: "alike"; forward also in "square" blocks; else
-                                    # alike quantises again what the forward product used, "kept" takes that as it is,
-                                    # "original" quantises the unquantised tensor, to nearest
+class GemmSpec(NamedTuple):
+    """How the two operands of one product are quantised.
+
+    format      what the elements are stored in: a key of SCALE_RULES
+    scale       how a block finds its scale: one of SCALE_RULES[format]
+    rotation    how many neighbours along the sum a Hadamard matrix rotates; 0 is no rotation
+    signs       random signs "before" the rotation, "after" it (where they have no effect), "none"
+    rounding    "nearest", "stochastic", or "eden": to nearest, then a factor against the bias
+    rhs         what happens to the right operand, which is w, w.T or x.T:
+                  "requantize"        it is quantised as the left one. In dgrad and wgrad it is the
+                                      already quantised w or x that is quantised once more
+                  "square_blocks"     the same, but in square blocks (forward only)
+                  "reuse"             the quantised w or x of the forward product is used as it is
+                  "from_unquantized"  the unquantised w or x is quantised, to nearest
+    """
+    format: str = "mxfp4"
+    scale: str = "absmax34"
+    rotation: int = 32
+    signs: str = "before"
+    rounding: str = "nearest"
+    rhs: str = "requantize"
 
 
 class Recipe(NamedTuple):
-    forward: Product = None
-    dgrad: Product = None
-    wgrad: Product = None
-    method: str = ""                # a method of its own, without columns: fp8.py, baselines.py
+    """A row of the table: the three products, or the name of a method that has no columns."""
+    forward: GemmSpec = None
+    dgrad: GemmSpec = None
+    wgrad: GemmSpec = None
+    method: str = ""                # emulate/fp8.py, emulate/baselines.py
 
     @property
-    def kernels(self):
-        """do the MXFP4 kernels (linear.py's QuartetMatmul) compute exactly this?"""
-        forward = [QUEST._replace(scale=s) for s in ("floor", "nearest")]
-        turned = (32, "before"), (32, "after"), (0, "none")
-        backward = [[p._replace(rotation=n, signs=s) for n, s in turned] for p in (ABSMAX, STOCHASTIC)]
-        return self.forward in forward and any(self.dgrad in ps and self.wgrad in ps for ps in ([None], *backward))
+    def has_kernels(self):
+        """Says whether the MXFP4 kernels (QuartetMatmul of linear.py) compute exactly this."""
+        if not is_kernel_forward(self.forward):
+            return False
+        if self.dgrad is None and self.wgrad is None:
+            return True
+        if not is_kernel_backward(self.dgrad) or not is_kernel_backward(self.wgrad):
+            return False
+        return self.dgrad.rounding == self.wgrad.rounding
 
-    quantised = property(lambda self: any(self))
-    multiple  = property(lambda self: 32 if self.kernels else 16 if self.quantised else 1)   # of the features
-    # the columns as QuartetMatmul knows them
-    scale      = property(lambda self: self.forward.scale)
-    backward   = property(lambda self: self.dgrad is not None)
-    stochastic = property(lambda self: self.dgrad.rounding == "stochastic")
-    turns      = property(lambda self: (self.dgrad.signs, self.wgrad.signs))     # "none": not rotated either
+    @property
+    def is_quantized(self):
+        return self != Recipe()
+
+    @property
+    def feature_multiple(self):
+        """In- and out-features of a layer have to be multiples of this."""
+        if self.has_kernels:
+            return 32
+        return 16 if self.is_quantized else 1
+
+    def check_features(self, in_features, out_features):
+        """Raises ValueError if a layer of these sizes cannot run this recipe."""
+        for side, features in (("in", in_features), ("out", out_features)):
+            check(features % self.feature_multiple == 0,
+                  f"{side}-features must be a multiple of {self.feature_multiple}, got {features}")
+
+    # The columns as the kernels know them: for a recipe that has kernels.
+
+    @property
+    def forward_scale(self): return self.forward.scale
+
+    @property
+    def quantizes_backward(self): return self.dgrad is not None
+
+    @property
+    def stochastic(self): return self.dgrad.rounding == "stochastic"
+
+    @property
+    def sign_orders(self):
+        """Of dgrad and of wgrad; "none" also means that nothing is rotated."""
+        return self.dgrad.signs, self.wgrad.signs
 
 
-QUEST = Product("mxfp4", "floor", 32, "none")                       # Quartet's forward product, and its backward ones
-ABSMAX = Product("mxfp4", "absmax34", 32, "before")
-STOCHASTIC, PMA = ABSMAX._replace(rounding="stochastic"), ABSMAX._replace(scale="pma")
+def is_kernel_forward(spec):
+    return spec is not None and spec in (QUEST, QUEST._replace(scale="nearest"))
+
+
+def is_kernel_backward(spec):
+    if spec is None:
+        return False
+    rotates = spec.rotation == 32 and spec.signs in ("before", "after")
+    leaves = spec.rotation == 0 and spec.signs == "none"
+    rounds = spec.rounding in ("nearest", "stochastic")
+    other_columns = (spec.format, spec.scale, spec.rhs)
+    return (rotates or leaves) and rounds and other_columns == ("mxfp4", "absmax34", "requantize")
+
+
+# Quartet's products: the forward one, and the backward ones in several forms. PMA is an ablation of
+# its authors, ORIGINAL what the main branch of their published code computes by default.
+QUEST = GemmSpec("mxfp4", "floor", rotation=32, signs="none")
+ABSMAX = GemmSpec("mxfp4", "absmax34", rotation=32, signs="before")
+STOCHASTIC = ABSMAX._replace(rounding="stochastic")
 ORIGINAL = STOCHASTIC._replace(signs="after")
-MXFP8 = Product("mxfp8", "absmax", 0, "none", right="original")
-NVFP4 = Product("nvfp4", "absmax", 0, "none")
-FOUR_SIX = NVFP4._replace(scale="four-six")
-NVIDIA = (NVFP4._replace(rounding="stochastic", right="kept"),
-          Product("nvfp4", "absmax", 16, "before", "stochastic", "original"))
-TETRAJET = Product("nvfp4", "absmax", 32, "before", "stochastic")
-EDEN = Product("nvfp4", "absmax", 128, "before", "eden")
+PMA = ABSMAX._replace(scale="pma")
 
+MXFP8 = GemmSpec("mxfp8", "absmax", rotation=0, signs="none")
+MXFP8_GRAD = MXFP8._replace(rhs="from_unquantized")
+
+NVFP4 = GemmSpec("nvfp4", "absmax", rotation=0, signs="none")
+NVFP4_SQUARE = NVFP4._replace(rhs="square_blocks")
+NVIDIA_DGRAD = NVFP4._replace(rounding="stochastic", rhs="reuse")
+NVIDIA_WGRAD = GemmSpec("nvfp4", "absmax", 16, "before", "stochastic", "from_unquantized")
+FOUR_SIX = NVFP4._replace(scale="four-six")
+SQUARE_46 = FOUR_SIX._replace(rhs="square_blocks")
+TETRAJET = GemmSpec("nvfp4", "absmax", 32, "before", "stochastic")
+EDEN = GemmSpec("nvfp4", "absmax", 128, "before", "eden")
+
+# Numbers such as 2505.14669 are papers on arXiv.
 RECIPES = {
-    "bf16":          Recipe(),
-    "fp4":           Recipe(QUEST, ABSMAX, ABSMAX),         # Quartet as last published (2505.14669v4, Algorithm 1)
-    "fp4-sr":        Recipe(QUEST, STOCHASTIC, STOCHASTIC), # the first version's rounding, with true random signs
-    "fp4-fwd":       Recipe(QUEST),                         # QAT: 4-bit forward, unquantised backward
-    "fp4-bwd":       Recipe(None, ABSMAX, ABSMAX),          # the opposite; stochastic, it is Tseng et al. (2502.20586)
-    "fp4-original":  Recipe(QUEST, ORIGINAL, ORIGINAL),     # what Quartet's published main branch computes by default
-    "fp4-pma":       Recipe(QUEST, PMA, PMA),               # Quartet's ablation: the shrinkage of to nearest, undone
-    "fp8":           Recipe(method="fp8"),                  # E4M3 forward, E5M2 gradients, a scale a tensor: fp8.py
-    "mxfp8":         Recipe(MXFP8._replace(right="alike"), MXFP8, MXFP8),       # OCP Microscaling v1.0, E4M3 everywhere
-    "nvfp4":         Recipe(NVFP4._replace(right="square"), *NVIDIA),           # NVIDIA (2509.25149), in all layers
-    "four-over-six": Recipe(FOUR_SIX._replace(right="square"), *NVIDIA),        # with 4/6 forward, as 2601.22813 ran it
-    "tetrajet2":     Recipe(NVFP4, TETRAJET, TETRAJET),     # TetraJet-v2, simplified as in 2601.22813, section 6
-    "quartet2":      Recipe(FOUR_SIX, EDEN, EDEN),          # Quartet II (2601.22813): MS-EDEN backward
-    "luq-int4":      Recipe(method="luq-int4"),             # LUQ (2112.10769); this one and those below: baselines.py
-    "luq-fp4":       Recipe(method="luq-fp4"),              # the same with E2M1 forward
-    "jetfire-fp4":   Recipe(method="jetfire-fp4"),          # Jetfire (2403.12422) in E2M1
-    "halo-fp4":      Recipe(method="halo-fp4"),             # HALO-2 (2501.02625) in E2M1
-    "lss-int4":      Recipe(method="lss-int4"),             # LSS (2306.11987), without learning the step
+    "bf16":          Recipe(),                                  # nothing is quantised
+
+    # Quartet as last published, and variants of it.
+    "fp4":           Recipe(QUEST, ABSMAX, ABSMAX),             # 2505.14669v4, Algorithm 1
+    "fp4-sr":        Recipe(QUEST, STOCHASTIC, STOCHASTIC),     # the paper's v1, truly random signs
+    "fp4-fwd":       Recipe(QUEST),                             # only the forward product is 4-bit
+    "fp4-bwd":       Recipe(None, ABSMAX, ABSMAX),              # the opposite
+    "fp4-original":  Recipe(QUEST, ORIGINAL, ORIGINAL),         # the authors' main branch, default
+    "fp4-pma":       Recipe(QUEST, PMA, PMA),                   # corrects the mean shrinkage
+
+    # FP8: E4M3 forward, E5M2 gradients and a scale for each tensor; and E4M3 everywhere.
+    "fp8":           Recipe(method="fp8"),                      # emulate/fp8.py
+    "mxfp8":         Recipe(MXFP8, MXFP8_GRAD, MXFP8_GRAD),     # OCP Microscaling v1.0
+
+    # Other authors' methods for NVFP4.
+    "nvfp4":         Recipe(NVFP4_SQUARE, NVIDIA_DGRAD, NVIDIA_WGRAD),  # 2509.25149, in all layers
+    "four-over-six": Recipe(SQUARE_46, NVIDIA_DGRAD, NVIDIA_WGRAD),     # 4/6 forward, 2601.22813
+    "tetrajet2":     Recipe(NVFP4, TETRAJET, TETRAJET),         # simplified, 2601.22813, section 6
+    "quartet2":      Recipe(FOUR_SIX, EDEN, EDEN),              # MS-EDEN backward, 2601.22813
+
+    # Methods that the columns cannot describe: emulate/baselines.py.
+    "luq-int4":      Recipe(method="luq-int4"),                 # LUQ, 2112.10769
+    "luq-fp4":       Recipe(method="luq-fp4"),                  # the same with E2M1 forward
+    "jetfire-fp4":   Recipe(method="jetfire-fp4"),              # Jetfire, 2403.12422, in E2M1
+    "halo-fp4":      Recipe(method="halo-fp4"),                 # HALO-2, 2501.02625, in E2M1
+    "lss-int4":      Recipe(method="lss-int4"),                 # LSS, 2306.11987, no learned step
 }
 
-PRODUCTS = "forward", "dgrad", "wgrad"
-ALL, FORWARD, BACKWARD = (0, 1, 2), (0,), (1, 2)                    # which products a single value changes
+# The scale rules of each format: how a block finds its scale. emulate/quantizers.py has them.
+#     floor, nearest    QuEST, which clips: from the standard deviation, to a power of two
+#     absmax34          from the largest value, and a factor 3/4: nothing clips
+#     absmax            from the largest value, as the format's standard says
+#     pma               absmax34, times a constant that corrects its mean shrinkage
+#     mse               of three powers of two, the one with the least squared error
+#     four-six          of two scales, which make the largest value 4 or 6, the better one
+SCALE_RULES = {
+    "mxfp4": ("floor", "nearest", "absmax34", "absmax", "pma", "mse"),
+    "nvfp4": ("absmax", "four-six"),
+    "mxfp8": ("absmax",),
+    "int4": ("absmax",),
+}
+ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)
+
+# What a run can change in its row, each an axis of an ablation: five columns, with their values,
+# and three switches, which quantise a product or leave it out.
 AXES = {
-    "format":   (*SCALES,),
-    "scale":    (*dict.fromkeys(s for rules in SCALES.values() for s in rules), "quest-floor", "quest-nearest"),
+    "format":   tuple(SCALE_RULES),
+    "scale":    (*ALL_SCALE_RULES, "quest-floor", "quest-nearest"),
     "rotation": ("none", "16", "32", "64", "128"),
     "signs":    ("before", "after", "none"),
     "rounding": ("nearest", "stochastic", "eden", "rtn", "sr"),
@@ -91,60 +182,143 @@ AXES = {
     "dgrad":    ("on", "off"),
     "wgrad":    ("on", "off"),
 }
-CHANGES = dict(format=ALL, scale=FORWARD, rotation=ALL, signs=BACKWARD, rounding=BACKWARD)
-SAME = {"quest-floor": "floor", "quest-nearest": "nearest", "rtn": "nearest", "sr": "stochastic"}
-
-
-def check(ok, sentence):
-    if not ok: raise ValueError(sentence)
+# Other names for some of the values.
+SYNONYMS = {
+    "quest-floor": "floor",
+    "quest-nearest": "nearest",
+    "rtn": "nearest",
+    "sr": "stochastic",
+}
+# The products that a single value changes; three values are for forward, dgrad and wgrad.
+CHANGES = {
+    "format":   ("forward", "dgrad", "wgrad"),
+    "scale":    ("forward",),
+    "rotation": ("forward", "dgrad", "wgrad"),
+    "signs":    ("dgrad", "wgrad"),
+    "rounding": ("dgrad", "wgrad"),
+}
+# What a product becomes when it is switched on, and when it changes to format mxfp4.
+DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
 
 
 def recipe(precision, **axes):
-    """the row `precision`, with the given axes changed; a ValueError says in a sentence what is wrong"""
+    """Returns the row `precision` with the given axes changed.
+
+    Raises a ValueError that says in a sentence what is wrong with them.
+    """
     check(precision in RECIPES, f"precision {precision!r} is not one of {', '.join(RECIPES)}")
     row = RECIPES[precision]
     for axis, value in axes.items():
-        check(axis in AXES, f"{axis} {value!r} is not one of {', '.join(AXES)}")
-        values = str(value).split(":")
-        for v in values: check(v in AXES[axis], f"{axis} {v!r} is not one of {', '.join(AXES[axis])}")
-        check(len(values) == 1 or len(values) == 3 and axis in CHANGES, f"{axis} {value!r}: give one value"
-              + " or three, forward:dgrad:wgrad" * (axis in CHANGES))
-    check(not (row.method and axes), f"{precision} is a method of its own and has no {', '.join(axes)} to change")
-    products = [p if axes.get(name) != "off" else None for name, p in zip(PRODUCTS, row)]
-    for i, name in enumerate(PRODUCTS):
-        if axes.get(name) == "on" and not products[i]: products[i] = (QUEST, ABSMAX, ABSMAX)[i]
+        check_value(axis, value)
+    check(not (row.method and axes),
+          f"{precision} is a method of its own and has no {', '.join(axes)} to change")
+
+    products = {name: switch_product(name, row, axes) for name in DEFAULTS}
     for axis in CHANGES:
-        if axis not in axes: continue
-        values = str(axes[axis]).split(":")
-        which = [i for i in (ALL if len(values) == 3 else CHANGES[axis]) if products[i]]
-        check(which, f"{precision} has no quantised product{' left' * (len(axes) > 1)} whose {axis} could change")
-        for i in which:
-            v = values[i % len(values)]
-            v = SAME.get(v, v) if axis != "rotation" else 0 if v == "none" else int(v)
-            products[i] = products[i]._replace(**{axis: v})
-            if axis == "format" and products[i].scale not in SCALES[v]:         # the row's scale rule where v has it
-                rule = (QUEST, ABSMAX, ABSMAX)[i].scale if v == "mxfp4" else [*SCALES[v]][0]
-                products[i] = products[i]._replace(scale=rule)
-            if axis == "rotation" and v == 0: products[i] = products[i]._replace(signs="none")
-    for name, p in zip(PRODUCTS, products):
-        if p: sensible(name, p)
-    return Recipe(*products, row.method)
+        if axis not in axes:
+            continue
+        changes = split_value(axis, axes[axis], products)
+        left = " left" if len(axes) > 1 else ""
+        check(changes, f"{precision} has no quantised product{left} whose {axis} could change")
+        for name, value in changes.items():
+            products[name] = change_product(name, products[name], axis, value)
+
+    for name, spec in products.items():
+        if spec is not None:
+            validate(name, spec)
+    return Recipe(*products.values(), row.method)
 
 
-def sensible(name, p):
-    """refuse combinations that mean nothing"""
-    rules, stochastic, eden = SCALES[p.format], p.rounding == "stochastic", p.rounding == "eden"
-    clips = p.scale != "absmax34" and p.format not in ("nvfp4", "int4")
-    other = "weight" if name == "dgrad" else "input"
-    for wrong, sentence in (
-        (p.scale not in rules, f"scale {p.scale!r} is not one of format {p.format}'s: {', '.join(rules)}"),
-        (not p.rotation and p.signs != "none", f"random signs {p.signs} a rotation need a rotation"),
-        (eden and p.signs != "before", "rounding eden is unbiased only behind a random rotation: signs before"),
-        (eden and p.right == "square" and p.format != "nvfp4", f"square blocks of {p.format} have no rounding eden"),
-        (p.rounding != "nearest" and p.scale == "four-six",
-            f"scale four-six chooses by the error, which makes rounding {p.rounding} biased"),
-        (stochastic and clips, "stochastic rounding is unbiased only where the scale neither clips nor corrects, "
-                               f"and {p.scale} of {p.format} does"),
-        (p.rotation and p.right == "kept", f"this row multiplies with the forward product's {other} as it is, "
-                                           "which cannot be rotated along another axis")):
-        check(not wrong, f"{name}: {sentence}")
+def check_value(axis, value):
+    """Checks that an axis exists and has this value, or these three."""
+    check(axis in AXES, f"{axis} {value!r} is not one of {', '.join(AXES)}")
+    values = str(value).split(":")
+    for v in values:
+        check(v in AXES[axis], f"{axis} {v!r} is not one of {', '.join(AXES[axis])}")
+    may_be_three = axis in CHANGES
+    counts = (1, 3) if may_be_three else (1,)
+    or_three = " or three, forward:dgrad:wgrad" if may_be_three else ""
+    check(len(values) in counts, f"{axis} {value!r}: give one value{or_three}")
+
+
+def switch_product(name, row, axes):
+    """Returns the product `name` of a row, switched on or off if the axis of that name says so."""
+    spec = getattr(row, name)
+    switch = axes.get(name)
+    if switch == "off":
+        return None
+    if switch == "on" and spec is None:
+        return DEFAULTS[name]
+    return spec
+
+
+def split_value(axis, value, products):
+    """Returns {product: value} for the quantised products that an axis changes."""
+    values = str(value).split(":")
+    if len(values) == 3:
+        pairs = dict(zip(DEFAULTS, values))
+    else:
+        pairs = dict.fromkeys(CHANGES[axis], values[0])
+    return {name: v for name, v in pairs.items() if products[name] is not None}
+
+
+def change_product(name, spec, axis, value):
+    """Returns a product with one column changed, and with it the columns that cannot stay."""
+    if axis == "rotation":
+        size = 0 if value == "none" else int(value)
+        spec = spec._replace(rotation=size)
+        return spec if size else spec._replace(signs="none")
+
+    value = SYNONYMS.get(value, value)
+    spec = spec._replace(**{axis: value})
+    if axis == "format" and spec.scale not in SCALE_RULES[value]:
+        rule = DEFAULTS[name].scale if value == "mxfp4" else SCALE_RULES[value][0]
+        spec = spec._replace(scale=rule)
+    return spec
+
+
+def validate(product_name, spec):
+    """Raises ValueError for a combination of columns that means nothing."""
+    def refuse_if(condition, sentence):
+        check(not condition, f"{product_name}: {sentence}")
+
+    rules = SCALE_RULES[spec.format]
+    refuse_if(spec.scale not in rules,
+              f"scale {spec.scale!r} is not one of format {spec.format}'s: {', '.join(rules)}")
+    refuse_if(spec.rotation == 0 and spec.signs != "none",
+              f"random signs {spec.signs} a rotation need a rotation")
+
+    is_eden = spec.rounding == "eden"
+    refuse_if(is_eden and spec.signs != "before",
+              "rounding eden is unbiased only behind a random rotation: signs before")
+    refuse_if(is_eden and spec.rhs == "square_blocks" and spec.format != "nvfp4",
+              f"square blocks of {spec.format} have no rounding eden")
+    refuse_if(spec.rounding != "nearest" and spec.scale == "four-six",
+              f"scale four-six chooses by the error, which makes rounding {spec.rounding} biased")
+
+    clips_or_corrects = spec.scale != "absmax34" and spec.format not in ("nvfp4", "int4")
+    refuse_if(spec.rounding == "stochastic" and clips_or_corrects,
+              "stochastic rounding is unbiased only where the scale neither clips nor corrects, "
+              f"and {spec.scale} of {spec.format} does")
+
+    operand = "weight" if product_name == "dgrad" else "input"
+    refuse_if(spec.rotation != 0 and spec.rhs == "reuse",
+              f"this row multiplies with the forward product's {operand} as it is, "
+              "which cannot be rotated along another axis")
+
+
+def variant_name(precision, axes):
+    """Returns the name of a row with changed axes, such as "fp4-nearest-rotation-128".
+
+    A value stands alone if it says which axis it belongs to: a scale always does, any other only if
+    it is a word that no second axis has.
+    """
+    parts = [precision]
+    for axis, choices in AXES.items():
+        value = axes.get(axis)
+        if not value:
+            continue
+        axes_with_value = sum(value in choices for choices in AXES.values())
+        is_clear = axis == "scale" or (not value.isdigit() and axes_with_value == 1)
+        parts.append(value if is_clear else f"{axis}-{value}")
+    return "-".join(parts)

@@ -1,17 +1,33 @@
 """The compiled ops give the bytes of fp4/reference.py, on ugly shapes and ugly values."""
-import pytest, torch
+import pytest
+import torch
+import torch.nn.functional as F
+
 import fp4
-from fp4 import product, reference
-from fp4.nvfp4 import swizzle
+from fp4 import reference
+from fp4.backend import swizzle_scales
 from test_blackwell import unswizzle
 
-HOW = fp4.build()
+BACKEND = fp4.build()
 ops = torch.ops.fp4
-pytestmark = pytest.mark.skipif(HOW.startswith("reference"), reason="no compiler on this machine")
+pytestmark = pytest.mark.skipif(not BACKEND.is_compiled, reason="no compiler on this machine")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-HOW_BACKWARD = [(stochastic, *turns) for stochastic in (False, True) for turns in (("before", "before"), ("after", "none"), ("none", "after"))]        # of x, of x.T
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# stochastic, and the sign orders of x and of x.T
+SIGN_ORDERS = [("before", "before"), ("after", "none"), ("none", "after")]
+HOW_BACKWARD = [(stochastic, *orders) for stochastic in (False, True) for orders in SIGN_ORDERS]
 SHAPES = [(1, 32), (3, 96), (33, 160), (64, 32), (31, 1024), (100, 544)]
+
+
+def with_first_block_zero(x):
+    return torch.cat((torch.zeros_like(x[:, :32]), x[:, 32:]), 1)
+
+
+def with_element(x, value):
+    return x.index_put((torch.tensor(0), torch.tensor(5)), torch.tensor(value))
+
+
 VALUES = {
     "normal":       lambda x: x,
     "rows scaled":  lambda x: x * torch.exp(4 * torch.randn(x.shape[0], 1)),
@@ -20,133 +36,208 @@ VALUES = {
     "huge":         lambda x: x * 1e38,
     "3e38":         lambda x: torch.full_like(x, 3e38),
     "zero":         lambda x: x * 0,                            # with negative zeros
-    "a zero block": lambda x: torch.cat((x[:, :0], torch.zeros_like(x[:, :32]), x[:, 32:]), 1),
+    "a zero block": with_first_block_zero,
     "constant":     lambda x: torch.full_like(x, 0.3),
     "ties":         lambda x: torch.round(4 * x) / 4,
-    "NaN":          lambda x: x.index_put((torch.tensor(0), torch.tensor(5)), torch.tensor(float("nan"))),
-    "Inf":          lambda x: x.index_put((torch.tensor(0), torch.tensor(5)), torch.tensor(float("inf"))),
+    "NaN":          lambda x: with_element(x, float("nan")),
+    "Inf":          lambda x: with_element(x, float("inf")),
 }
 
 
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan():
-    """or 255; what a kernel leaves out shows"""
-    torch.use_deterministic_algorithms(True, warn_only=True)    # of this, only what it does to torch.empty is meant
+    """Fills new memory with NaN, or 255, so that what a kernel leaves out shows."""
+    # Of this setting, only what it does to torch.empty is meant.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def same(got, want):
+    """Asserts equal bytes, but for NaN: any NaN equals any other. -0 does not equal 0."""
     for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
         bits = {2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.uint8)
-        if a.is_floating_point():                               # any NaN equals any other, -0 does not equal 0
+        if a.is_floating_point():
             assert torch.equal(a.isnan(), b.isnan())
-            a, b = a.nan_to_num(0.).view(bits), b.nan_to_num(0.).view(bits)
+            a = a.nan_to_num(0.).view(bits)
+            b = b.nan_to_num(0.).view(bits)
         differ = (a != b).nonzero()
-        assert len(differ) == 0, f"{len(differ)} of {a.numel()} differ, first at {differ[0].tolist()}"
+        assert len(differ) == 0, \
+            f"{len(differ)} of {a.numel()} differ, first at {differ[0].tolist()}"
 
 
-@pytest.fixture(params=[(s, v, d) for s in SHAPES for v in VALUES for d in (torch.float32, torch.bfloat16)],
-                ids=lambda p: f"{p[0][0]}x{p[0][1]}-{p[1]}-{str(p[2])[6:]}")
+def name_of(parameters):
+    (M, K), value, dtype = parameters
+    return f"{M}x{K}-{value}-{str(dtype)[6:]}"
+
+
+@pytest.fixture(ids=name_of, params=[
+    (shape, value, dtype) for shape in SHAPES for value in VALUES
+    for dtype in (torch.float32, torch.bfloat16)])
 def x(request):
     (M, K), value, dtype = request.param
     torch.manual_seed(M * K)
     return VALUES[value](torch.randn(M, K)).to(dtype)
 
 
+def as_tuple(result):
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def to_device(device, *tensors):
+    return [t.to(device) for t in tensors]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_op_gives_the_bytes_of_the_definition(x, device):
     def check(name, *args):
-        got = getattr(ops, name)(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in args))
-        want = getattr(reference, name)(*args)
-        same([t.cpu() for t in got] if isinstance(got, tuple | list) else [got.cpu()], want if isinstance(want, tuple) else [want])
-    for scale in ("floor", "nearest"): check("quantize_forward", x, scale)
+        moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+        got = as_tuple(getattr(ops, name)(*moved))
+        want = as_tuple(getattr(reference, name)(*args))
+        same(to_device("cpu", *got), want)
+
+    for scale in ("floor", "nearest"):
+        check("quantize_forward", x, scale)
     codes, scales, mask = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
-    for how in HOW_BACKWARD:
-        check("quantize_backward", x, signs, seeds[:2], *how, "packed")
-        check("requantize", codes, scales, signs, seeds[2:], *how[:2], "packed")
+    for stochastic, order, order_t in HOW_BACKWARD:
+        check("quantize_backward", x, signs, seeds[:2], stochastic, order, order_t, "packed")
+        check("requantize_transposed", codes, scales, signs, seeds[2:], stochastic, order, "packed")
     for dtype in (torch.float32, torch.bfloat16):
         check("dequantize", codes, scales, dtype)
         check("unrotate", x, mask, dtype)
 
 
 def tiles_of(codes, scales, right=False):
-    """the definition of tiles.cuh: packed -> FP8 tiles and their scales, and how many blocks fell out of the window"""
-    (M, K), pad = (codes.shape[0], 2 * codes.shape[1]), torch.nn.functional.pad
-    x = pad(reference.dequantize(codes, scales, torch.float64), (0, -K % 128, 0, -M % 128)).unflatten(-1, (-1, 4, 32))
-    e = pad(scales.int(), (0, -K % 128 // 32, 0, -M % 128)).unflatten(-1, (-1, 4)) - 127        # [M, K/128, 4]
-    counts = x.abs().amax(-1).gt(0) & x.isfinite().all(-1)
-    largest = torch.where(counts, e, -999).amax(-1)                                             # of 128 neighbours
-    if right: largest = largest.unflatten(0, (-1, 32)).amax(1).repeat_interleave(32, 0)         # ... in 32 rows
-    s, octaves, dtype = (13, 29, torch.float8_e5m2) if right else (6, 15, torch.float8_e4m3fn)
+    """The definition of kernels/fp8_tiles.cuh: packed -> FP8 tiles and their scales.
+
+    Also returns how many blocks fell out of the window of exponents that FP8 holds.
+    """
+    M = codes.shape[0]
+    K = 2 * codes.shape[1]
+    x = F.pad(reference.dequantize(codes, scales, torch.float64), (0, -K % 128, 0, -M % 128))
+    x = x.unflatten(-1, (-1, 4, 32))
+    e = F.pad(scales.int(), (0, -K % 128 // 32, 0, -M % 128)).unflatten(-1, (-1, 4)) - 127
+    counts = x.abs().amax(-1).gt(0) & x.isfinite().all(-1)      # [M, K/128, 4], as e
+    largest = torch.where(counts, e, -999).amax(-1)             # of 128 neighbours
+    if right:                                                   # ... in 32 rows
+        largest = largest.unflatten(0, (-1, 32)).amax(1).repeat_interleave(32, 0)
+    if right:
+        s, octaves, dtype = (13, 29, torch.float8_e5m2)
+    else:
+        s, octaves, dtype = (6, 15, torch.float8_e4m3fn)
+    lost = int((counts & (e <= largest[..., None] - octaves)).sum())
+
     top = largest.clamp_min(-112)
-    fp8 = (x / reference.pow2(top - s).double()[..., None, None]).float().to(dtype).flatten(-2).view(torch.uint8)
-    chunks = fp8.unflatten(0, (-1, 128)).transpose(1, 2).unflatten(-1, (8, 16))                 # [M/128, K/128, 128, 8, 16]
-    where = (torch.arange(128)[:, None] & 7) ^ torch.arange(8)
-    swizzled = chunks.gather(3, where[..., None].expand(chunks.shape))
-    top = top.unflatten(0, (-1, 128)).transpose(1, 2)[..., ::32 if right else 1]
-    return swizzled.flatten(2), reference.pow2(top - s).contiguous(), int((counts & (e <= largest[..., None] - octaves)).sum())
+    fp8 = (x / reference.pow2(top - s).double()[..., None, None]).float().to(dtype)
+    fp8 = fp8.flatten(-2).view(torch.uint8)
+    # [M/128, K/128, 128, 8, 16]
+    chunks = fp8.unflatten(0, (-1, 128)).transpose(1, 2).unflatten(-1, (8, 16))
+    chunk_of = (torch.arange(128)[:, None] & 7) ^ torch.arange(8)
+    swizzled = chunks.gather(3, chunk_of[..., None].expand(chunks.shape))
+    rows_per_scale = 32 if right else 1
+    top = top.unflatten(0, (-1, 128)).transpose(1, 2)[..., ::rows_per_scale]
+    return swizzled.flatten(2), reference.pow2(top - s).contiguous(), lost
 
 
 def same_tiles(got, want, right=False):
-    "equal values, -0 equals 0; any NaN is a NaN"
+    """Asserts equal values: here -0 equals 0, and any NaN is a NaN."""
     want = tiles_of(*want, right)
-    a, b = (t.cpu().view(torch.float8_e5m2 if right else torch.float8_e4m3fn).float() + 0. for t in (got[0], want[0]))
+    dtype = torch.float8_e5m2 if right else torch.float8_e4m3fn
+    a = got[0].cpu().view(dtype).float() + 0.
+    b = want[0].cpu().view(dtype).float() + 0.
     same([a, got[1].cpu()], [b, want[1]])
 
 
 def same_scale_tiles(got, want, right=False, zeros=127):
-    "packed, but for the scales: those are in tiles, and beyond the matrix those of zeros"
-    (codes, tiles), (want_codes, scales) = got, want
+    """Asserts equal bytes of packed codes, and of scales that are in tiles.
+
+    Beyond the matrix the scales are those of zeros.
+    """
+    codes, tiles = got
+    want_codes, scales = want
     same([codes.cpu(), unswizzle(tiles.cpu(), *scales.shape)], [want_codes, scales])
-    padding = swizzle(torch.ones_like(scales)) == 0
-    assert tiles.numel() == padding.numel() and (tiles.cpu()[padding] == zeros).all()
+    padding = swizzle_scales(torch.ones_like(scales)) == 0
+    assert tiles.numel() == padding.numel()
+    assert (tiles.cpu()[padding] == zeros).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("format, same_operand", [("fp8", same_tiles), ("mxf4", same_scale_tiles)])
-def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, format, same_operand):
-    packed = reference.quantize_forward(x, "floor")[:2]
+@needs_gpu
+@pytest.mark.parametrize("operand_format, same_operand", [
+    ("fp8", same_tiles), ("mxf4", same_scale_tiles)])
+def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, operand_format, same_operand):
+    codes, scales, _ = reference.quantize_forward(x, "floor")
     signs, seeds = reference.draw(x, x, 3)
-    on_gpu = lambda *tensors: [t.cuda() for t in tensors]
-    for how in HOW_BACKWARD:
-        got, want = ops.quantize_backward(*on_gpu(x, signs, seeds[:2]), *how, format), reference.quantize_backward(x, signs, seeds[:2], *how)
+    for stochastic, order, order_t in HOW_BACKWARD:
+        got = ops.quantize_backward(*to_device("cuda", x, signs, seeds[:2]),
+                                    stochastic, order, order_t, operand_format)
+        want = reference.quantize_backward(x, signs, seeds[:2], stochastic, order, order_t)
         same_operand(got[:2], want[:2])
         same_operand(got[2:], want[2:])
-        same_operand(ops.requantize(*on_gpu(*packed, signs, seeds[2:]), *how[:2], format), reference.requantize(*packed, signs, seeds[2:], *how[:2]), True)
+        got = ops.requantize_transposed(*to_device("cuda", codes, scales, signs, seeds[2:]),
+                                        stochastic, order, operand_format)
+        want = reference.requantize_transposed(codes, scales, signs, seeds[2:], stochastic, order)
+        same_operand(got, want, True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("format", ["packed", "fp8"])
-def test_tiles_that_a_block_of_threads_takes_one_after_the_other(format, stochastic):
-    """of a matrix so wide that a column of six tiles has two blocks; the shapes above have a block a tile"""
-    M, K, how = 700, 128 * torch.cuda.get_device_properties().multi_processor_count - 32, (stochastic, "before", "before")
+@pytest.mark.parametrize("operand_format", ["packed", "fp8"])
+def test_tiles_that_a_block_of_threads_takes_one_after_the_other(operand_format, stochastic):
+    """The matrix is so wide that a column of six tiles has two blocks of threads.
+
+    The shapes above have a block of threads for each tile.
+    """
+    M = 700
+    K = 128 * torch.cuda.get_device_properties().multi_processor_count - 32
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[M // 2, 5] = torch.nan
-    packed, (signs, seeds) = reference.quantize_forward(x, "floor")[:2], reference.draw(x, x, 3)
-    got = ops.quantize_backward(*(t.cuda() for t in (x, signs, seeds[:2])), *how, format)
-    want = reference.quantize_backward(x, signs, seeds[:2], *how)
-    turned = ops.requantize(*(t.cuda() for t in (*packed, signs, seeds[2:])), *how[:2], format)
-    for i, right, a, b in ((0, False, got, want), (2, False, got, want), (0, True, turned, reference.requantize(*packed, signs, seeds[2:], *how[:2]))):
-        if format == "packed": same([t.cpu() for t in a[i:i + 2]], b[i:i + 2])
-        else: same_tiles(a[i:i + 2], b[i:i + 2], right)
+    codes, scales, _ = reference.quantize_forward(x, "floor")
+    signs, seeds = reference.draw(x, x, 3)
+    got = ops.quantize_backward(*to_device("cuda", x, signs, seeds[:2]),
+                                stochastic, "before", "before", operand_format)
+    want = reference.quantize_backward(x, signs, seeds[:2], stochastic, "before", "before")
+    got_again = ops.requantize_transposed(*to_device("cuda", codes, scales, signs, seeds[2:]),
+                                          stochastic, "before", operand_format)
+    want_again = reference.requantize_transposed(
+        codes, scales, signs, seeds[2:], stochastic, "before")
+    for is_right, a, b in ((False, got[:2], want[:2]), (False, got[2:], want[2:]),
+                           (True, got_again, want_again)):
+        if operand_format == "packed":
+            same(to_device("cpu", *a), b)
+        else:
+            same_tiles(a, b, is_right)
 
 
-PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32), (513, 672, 544), (160, 96, 40000)]
+PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 416, 32),
+            (513, 672, 544), (160, 96, 40000)]
+DTYPES_AND_ULPS = [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)]
+
+
+def random_packed(rows, K):
+    return reference.quantize_forward(torch.randn(rows, K), "floor")[:2]
+
+
+def product_of_magnitudes(a, b):
+    """Returns 16/9 * |a| @ |b|.T, which the error of a sum is proportional to."""
+    a = reference.dequantize(*a, torch.float64)
+    b = reference.dequantize(*b, torch.float64)
+    return 16 / 9 * a.abs() @ b.abs().T
+
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
-@pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
+@pytest.mark.parametrize("dtype, ulp", DTYPES_AND_ULPS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, dtype, ulp, device):
     torch.manual_seed(K)
-    a, b = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N))
-    got = ops.gemm(*(t.to(device) for t in (*a, *b)), 16 / 9, dtype).cpu().double()
+    a = random_packed(M, K)
+    b = random_packed(N, K)
+    got = ops.gemm(*to_device(device, *a, *b), 16 / 9, dtype).cpu().double()
     exact = reference.gemm(*a, *b, 16 / 9, torch.float32).double()
-    size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
+    size = product_of_magnitudes(a, b)
     assert (got - exact).abs().le(K * 2 ** -24 * size + ulp * exact.abs()).all()
 
 
@@ -155,63 +246,103 @@ def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, 
 @pytest.mark.parametrize("device", DEVICES)
 def test_quantising_and_multiplying_in_one_gives_what_both_give_apart(M, N, K, dtype, device):
     torch.manual_seed(K)
-    x, w = torch.randn(M, K, device=device, dtype=dtype), ops.quantize_forward(torch.randn(N, K, device=device), "floor")[:2]
+    x = torch.randn(M, K, device=device, dtype=dtype)
+    w, w_scales, _ = ops.quantize_forward(torch.randn(N, K, device=device), "floor")
     x[0, 5] = float("nan")
-    packed = ops.quantize_forward(x, "nearest")
-    same(ops.quantize_gemm(x, "nearest", *w), [ops.gemm(*packed[:2], *w, 1.0, dtype), *packed])
+    codes, scales, mask = ops.quantize_forward(x, "nearest")
+    y = ops.gemm(codes, scales, w, w_scales, 1.0, dtype)
+    same(ops.quantize_gemm(x, "nearest", w, w_scales), [y, codes, scales, mask])
+
+
+def operands_of_the_backend(a, b, device):
+    """Brings the packed operands of a gradient's product to a device, in its backend's format."""
+    if device == "cuda" and BACKEND.operand_format == "fp8":
+        return to_device("cuda", *tiles_of(*a)[:2], *tiles_of(*b, True)[:2])
+    if device == "cuda" and BACKEND.operand_format == "mxf4":
+        return to_device("cuda", a[0], swizzle_scales(a[1]), b[0], swizzle_scales(b[1]))
+    return to_device(device, *a, *b)
 
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
-@pytest.mark.parametrize("dtype, ulp", [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)])
+@pytest.mark.parametrize("dtype, ulp", DTYPES_AND_ULPS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, device):
     torch.manual_seed(K)
-    (a, b), mask = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, N)), torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int()
-    operands = [t.to(device) for t in (*a, *b)]
-    if device == "cuda" and product.FORMAT == "fp8": operands = [t.cuda() for t in (*tiles_of(*a)[:2], *tiles_of(*b, True)[:2])]
-    if device == "cuda" and product.FORMAT == "mxf4": operands = [t.cuda() for t in (a[0], swizzle(a[1]), b[0], swizzle(b[1]))]
+    a = random_packed(M, K)
+    b = random_packed(N, K)
+    mask = torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int()
+    operands = operands_of_the_backend(a, b, device)
     got = ops.gemm_unrotate(*operands, mask.to(device), 16 / 9, dtype).cpu().double()
-    exact = reference.unrotate(reference.gemm(*a, *b, 16 / 9, torch.float32), mask, torch.float32).double()
-    size = 16 / 9 * reference.dequantize(*a, torch.float64).abs() @ reference.dequantize(*b, torch.float64).abs().T
-    size = size.unflatten(-1, (-1, 32)).sum(-1, True).expand(M, N // 32, 32).flatten(-2) * 32 ** -.5
+
+    product = reference.gemm(*a, *b, 16 / 9, torch.float32)
+    exact = reference.unrotate(product, mask, torch.float32).double()
+    size = product_of_magnitudes(a, b)
+    size = size.unflatten(-1, (-1, 32)).sum(-1, True).expand(M, N // 32, 32).flatten(-2)
+    size = size * 32 ** -.5
     assert (got - exact).abs().le((K + 8) * 2 ** -24 * size + ulp * exact.abs()).all()
-    assert not torch.allclose(got, reference.unrotate(reference.gemm(*a, *b, 16 / 9, torch.float32), ~mask, torch.float32).double(), atol=.1 * exact.std())
+
+    other_mask = reference.unrotate(product, ~mask, torch.float32).double()
+    assert not torch.allclose(got, other_mask, atol=.1 * exact.std())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_nan_scale_makes_the_row_of_the_product_nan_and_no_other(device):
-    a, b = (reference.quantize_forward(torch.randn(rows, 256), "floor")[:2] for rows in (200, 64))
+    a = random_packed(200, 256)
+    b = random_packed(64, 256)
     a[1][7, 3] = 255
-    got = ops.gemm(*(t.to(device) for t in (*a, *b)), 1.0, torch.float32).cpu()
-    assert got[7].isnan().all() and got.isnan().sum() == 64
+    got = ops.gemm(*to_device(device, *a, *b), 1.0, torch.float32).cpu()
+    assert got[7].isnan().all()
+    assert got.isnan().sum() == 64
 
 
 @pytest.mark.parametrize("right, octaves", [(False, 15), (True, 29)])
 def test_the_windows_of_the_fp8_tiles_hold_15_and_29_octaves(right, octaves):
     torch.manual_seed(0)
     codes = torch.randint(0, 256, (50, 512), dtype=torch.uint8)
-    lost = lambda octaves: tiles_of(codes, torch.randint(40, 40 + octaves, (50, 32)).to(torch.uint8), right)[2]
-    assert lost(octaves) == 0 and lost(octaves + 1) > 0
+
+    def lost(octaves):
+        scales = torch.randint(40, 40 + octaves, (50, 32)).to(torch.uint8)
+        return tiles_of(codes, scales, right)[2]
+
+    assert lost(octaves) == 0
+    assert lost(octaves + 1) > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_folding_into_fp8_changes_no_value_within_15_octaves():
     torch.manual_seed(0)
     for K in (1024, 8192):
         codes = torch.randint(0, 256, (50, K // 2), dtype=torch.uint8)
         scales = torch.randint(16, 190, (50, 1)) + torch.randint(0, 15, (50, K // 32))
-        scales[:, 3], codes[:, 48:64] = 254, 0                  # a zero block's scale does not count
-        codes[:, 64], scales[:, 4] = 7, scales.amin(1)          # nothing is lost at the lower end
-        codes, scales = codes.cuda(), scales.to(torch.uint8).cuda()
-        fp8, rows = ops.fold(codes, scales, 1.0)
-        assert torch.equal(fp8.double() * rows.double(), ops.dequantize(codes, scales, torch.float32).double())
+        scales[:, 3] = 254                      # a zero block's scale does not count
+        codes[:, 48:64] = 0
+        codes[:, 64] = 7                        # nothing is lost at the lower end
+        scales[:, 4] = scales.amin(1)
+        codes = codes.cuda()
+        scales = scales.to(torch.uint8).cuda()
+        fp8, row_scales = ops.packed_to_fp8(codes, scales, 1.0)
+        values = ops.dequantize(codes, scales, torch.float32)
+        assert torch.equal(fp8.double() * row_scales.double(), values.double())
+
+
+@pytest.mark.parametrize("seeds, sign_order_t, operand_format, words", [
+    (3, "before", "packed", "seeds must have 2"),
+    (2, "before", "mxf4", "tiles are for a GPU"),
+    (2, "before", "bf16", "format must be"),
+    (2, "up", "packed", "must be before, after or none"),
+])
+def test_quantize_backward_takes_no_argument_it_would_misread(
+        seeds, sign_order_t, operand_format, words):
+    signs = torch.zeros(1, dtype=torch.int64)
+    seeds = torch.zeros(seeds, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=words):
+        ops.quantize_backward(torch.randn(64, 64), signs, seeds, False, "before", sign_order_t,
+                              operand_format)
 
 
 def test_an_op_takes_no_matrix_it_would_misread():
     x = torch.randn(64, 64)
-    with pytest.raises(RuntimeError, match="contiguous"): ops.quantize_forward(x.T, "floor")
-    with pytest.raises(RuntimeError, match="seeds must have 2"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(3).long(), False, "before", "before", "packed")
-    with pytest.raises(RuntimeError, match="tiles are for a GPU"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, "before", "before", "mxf4")
-    with pytest.raises(RuntimeError, match="format must be"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, "before", "before", "bf16")
-    with pytest.raises(RuntimeError, match="turn must be"): ops.quantize_backward(x, torch.zeros(1).long(), torch.zeros(2).long(), False, "before", "up", "packed")
-    with pytest.raises(RuntimeError, match="mask"): ops.unrotate(x, torch.zeros(64, 3, dtype=torch.int32), torch.float32)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        ops.quantize_forward(x.T, "floor")
+    with pytest.raises(RuntimeError, match="mask"):
+        ops.unrotate(x, torch.zeros(64, 3, dtype=torch.int32), torch.float32)

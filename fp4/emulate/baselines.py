@@ -1,124 +1,244 @@
 """
-The methods that Quartet was compared with (arXiv 2505.14669, Table 3), and FP8. The paper's ports are not published:
-below, each says what was taken from the original and what was chosen here. All are emulated: values times factors, as
-in emulated.py. Each is forward(x, w, recipe) -> y, saved and backward(dy, saved, recipe) -> dx, dw.
+The methods that Quartet was compared with (arXiv 2505.14669, Table 3), and the registration of FP8.
+
+The paper's own ports of them are not published. Each section below says what was taken from the
+original and what was chosen here. All are emulated, as in matmul.py: values of a coarse grid, held
+in the dtype of the activations, times factors that come after the product.
+
+A method is a pair of functions:
+
+    forward(x, w, recipe) -> y, saved              x [M, K], w [N, K]; saved: a tuple of tensors
+    backward(dy, saved, recipe) -> dx, dw          dy [M, N]; dx in dy's dtype, dw in float32
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+
 from . import fp8
-from .emulated import METHODS, cast, product, rotate, uniform
-from .formats import E2M1, INT4, Grid, block, to_grid, total, unblock
+from .matmul import METHODS, cast, rotate, scaled_matmul, uniform
+from .quantizers import E2M1, INT4, Grid, block_max, join_blocks, split_blocks, to_grid, total
 
 
-def per_tensor(v, grid, scale, dtype, noise=None):
-    """v ~= values * scale, the values in dtype, exactly"""
-    scale = torch.where(scale == 0, 1., scale)
-    return to_grid(v.float() / scale, grid, noise).to(dtype), scale.view(1, 1)
-
-def largest(v): return v.abs().amax().float()
-def mean(v): return v.double().mean().float()                               # float64 as in formats.total
-def norm(v): return v.double().square().sum(1).sqrt().float()              # of each row
+class Scaled(NamedTuple):
+    """A matrix on a grid; values * scale is approximately the original."""
+    values: torch.Tensor
+    scale: torch.Tensor             # float32 [1, 1]
 
 
-# ---- LUQ (Chmiel et al., 2112.10769). Taken: forward operands INT4 with one SAWB step a tensor, to nearest,
-# straight-through; the output gradient once, in powers of two (seven magnitudes, 1 .. 64 alpha, the largest 64 alpha,
-# as their corrected code has it), with stochastic underflow and logarithmic stochastic rounding, both of which are
-# to_grid on a grid without mantissa. Left out: SMP, the average of several draws. Chosen for luq-fp4: E2M1 scaled to
-# the tensor's largest value.
+def quantize_tensor(v, grid, scale, dtype, noise=None):
+    """Rounds v / scale to the grid. dtype holds the values of a grid exactly."""
+    scale = nonzero(scale)
+    return Scaled(to_grid(v.float() / scale, grid, noise).to(dtype), scale.view(1, 1))
 
-def sawb(v, method, dtype):
-    if method == "luq-fp4": return per_tensor(v, E2M1, largest(v) / 6, dtype)
+
+def nonzero(scale): return torch.where(scale == 0, 1., scale)
+def absmax(v): return v.abs().amax().float()
+
+# These sum in float64, for the reason that quantizers.total has.
+def mean(v): return v.double().mean().float()
+def row_norms(v): return v.double().square().sum(1).sqrt().float()
+
+
+# ---- LUQ: logarithmic unbiased quantisation (Chmiel et al., 2112.10769)
+#
+# Taken from the paper: both forward operands are INT4 to nearest, with one SAWB step a tensor, and
+# gradients pass straight through. The gradient of the output is quantised once, to powers of two:
+# seven magnitudes, alpha .. 64 alpha, of which the largest is the tensor's largest value, as in the
+# authors' corrected code. Its stochastic underflow and its logarithmic stochastic rounding are both
+# what to_grid does on a grid without mantissa.
+# Left out: SMP, the average of several draws.
+# Chosen here: luq-fp4 has E2M1, scaled to the tensor's largest value, in place of INT4.
+
+POWERS_OF_TWO = Grid(mantissa_bits=0, min_exponent=0, max_value=64)
+
+
+def sawb_step(v):
+    """Returns SAWB's step: its clipping value is a fit to the mean of squares and of magnitudes."""
     size = v.float().abs()
     clip = 12.1 * mean(size.square()).sqrt() - 12.2 * mean(size)
-    step = torch.where(clip <= 0, largest(v), clip) * 2 / 15                    # <= 0: all values are of one size
-    step = torch.where(step == 0, 1., step)
-    return (v.float() / step).clamp(-8, 7).round().to(dtype), step.view(1, 1)
+    clip = torch.where(clip <= 0, absmax(v), clip)      # <= 0: all values are of one size
+    return nonzero(clip * 2 / 15)
+
+
+def luq_quantize(v, method, dtype):
+    if method == "luq-fp4":
+        return quantize_tensor(v, E2M1, absmax(v) / 6, dtype)
+    step = sawb_step(v)
+    values = (v.float() / step).clamp(-8, 7).round()
+    return Scaled(values.to(dtype), step.view(1, 1))
+
 
 def luq_forward(x, w, recipe):
-    xq, wq = (sawb(v, recipe.method, x.dtype) for v in (x, w))
-    return product(xq[0], wq[0], xq[1] * wq[1], x.dtype), (*xq, *wq)
+    xq = luq_quantize(x, recipe.method, x.dtype)
+    wq = luq_quantize(w, recipe.method, x.dtype)
+    y = scaled_matmul(xq.values, wq.values, xq.scale * wq.scale, x.dtype)
+    return y, (*xq, *wq)
+
 
 def luq_backward(dy, saved, recipe):
-    x, xf, w, wf = saved
-    g, gf = per_tensor(dy, Grid(0, 0, 64), largest(dy) / 64, dy.dtype, uniform(dy, x, dy.numel()).view_as(dy))
-    return product(g, w.T, gf * wf, dy.dtype), product(g.T, x.T, gf * xf, torch.float32)
+    x, x_scale, w, w_scale = saved
+    noise = uniform(dy, x, dy.numel()).view_as(dy)
+    g = quantize_tensor(dy, POWERS_OF_TWO, absmax(dy) / 64, dy.dtype, noise)
+    dx = scaled_matmul(g.values, w.T, g.scale * w_scale, dy.dtype)
+    dw = scaled_matmul(g.values.T, x.T, g.scale * x_scale, torch.float32)
+    return dx, dw
 
 
-# ---- Jetfire (Xi et al., 2403.12422), after the emulation of its INT8 in IST-DASLab/HALO. Taken: one absmax scale a
-# 32 x 32 tile, everything to nearest, y and dx quantised as well (the data flow between layers is in low precision).
-# Chosen: E2M1 instead of INT8.
+# ---- Jetfire (Xi et al., 2403.12422)
+#
+# Taken from the emulation of its INT8 in IST-DASLab/HALO: each 32 x 32 tile has one absmax scale,
+# everything is rounded to nearest, and y and dx are quantised as well, because Jetfire's data flow
+# between layers is in low precision.
+# Chosen here: E2M1 in place of INT8.
 
-def tiles(v, dtype):
-    b = block(F.pad(v.float(), (0, -v.shape[1] % 32)), 32, True)
-    s = b.abs().amax(-1, True).clamp_min(1e-5) / 6
-    return cast(unblock(to_grid(b / s, E2M1) * s, len(v), 32, True)[:, :v.shape[1]], dtype)
+TILE = 32
+
+
+def quantize_tiles(v, dtype):
+    rows, columns = v.shape
+    padded = F.pad(v.float(), (0, -columns % TILE))
+    tiles = split_blocks(padded, TILE, square=True)
+    scale = block_max(tiles).clamp_min(1e-5) / 6
+    quantized = join_blocks(to_grid(tiles / scale, E2M1) * scale, rows, TILE, square=True)
+    return cast(quantized[:, :columns], dtype)
+
 
 def jetfire_forward(x, w, recipe):
-    xq, wq = tiles(x, x.dtype), tiles(w, x.dtype)
-    return tiles(xq @ wq.T, x.dtype), (xq, wq)
+    xq = quantize_tiles(x, x.dtype)
+    wq = quantize_tiles(w, x.dtype)
+    return quantize_tiles(xq @ wq.T, x.dtype), (xq, wq)
+
 
 def jetfire_backward(dy, saved, recipe):
     x, w = saved
-    g = tiles(dy, dy.dtype)
-    return tiles(g @ w, dy.dtype), product(g.T, x.T, 1., torch.float32)
+    g = quantize_tiles(dy, dy.dtype)
+    dx = quantize_tiles(g @ w, dy.dtype)
+    dw = scaled_matmul(g.T, x.T, 1., torch.float32)
+    return dx, dw
 
 
-# ---- HALO-2 (Ashkboos et al., 2501.02625). Taken: one scale a tensor, 3/4 of absmax / 6 as in its code, to nearest;
-# Hadamard rotations of both forward operands along K and of dy along the tokens for dx, none for dw; x and w saved
-# unquantised. Chosen: E2M1 for its FP6; rotations over the largest power of two that divides the axis, at most 1024,
-# instead of the whole axis.
+# ---- HALO-2 (Ashkboos et al., 2501.02625)
+#
+# Taken from the paper and its code: one scale a tensor, 3/4 of absmax / 6, to nearest. Both
+# forward operands are rotated along K, dy is rotated along the tokens for dx, and nothing is
+# rotated for dw. x and w are saved unquantised. Chosen here: E2M1 in place of its FP6. A rotation
+# spans the largest power of two that divides the axis, at most 1024, in place of the whole axis.
 
-def halo(v, dtype): return per_tensor(v, E2M1, largest(v) / 6 * .75, dtype)
-def width(n): return min(n & -n, 1024)
+def halo_quantize(v, dtype): return quantize_tensor(v, E2M1, absmax(v) / 6 * .75, dtype)
+def halo_rotation(n): return min(n & -n, 1024)
+
 
 def halo_forward(x, w, recipe):
-    n = width(x.shape[1])
-    (a, af), (b, bf) = (halo(rotate(v, n), x.dtype) for v in (x, w))
-    return product(a, b, af * bf, x.dtype), (x, w)
+    n = halo_rotation(x.shape[1])
+    xq = halo_quantize(rotate(x, n), x.dtype)
+    wq = halo_quantize(rotate(w, n), x.dtype)
+    y = scaled_matmul(xq.values, wq.values, xq.scale * wq.scale, x.dtype)
+    return y, (x, w)
+
 
 def halo_backward(dy, saved, recipe):
     x, w = saved
-    n = width(len(dy))
-    (g, gf), (w, wf) = halo(rotate(dy.T, n).T, dy.dtype), halo(w, dy.dtype)
-    dx = cast(rotate(product(g, w.T, gf * wf, dy.dtype).T, n).T, dy.dtype)
-    (g, gf), (x, xf) = halo(dy, dy.dtype), halo(x, dy.dtype)
-    return dx, product(g.T, x.T, gf * xf, torch.float32)
+    n = halo_rotation(len(dy))
+    g = halo_quantize(rotate(dy.T, n).T, dy.dtype)
+    wq = halo_quantize(w, dy.dtype)
+    dx = scaled_matmul(g.values, wq.values.T, g.scale * wq.scale, dy.dtype)
+    dx = cast(rotate(dx.T, n).T, dy.dtype)
+
+    g = halo_quantize(dy, dy.dtype)
+    xq = halo_quantize(x, dy.dtype)
+    dw = scaled_matmul(g.values.T, xq.values.T, g.scale * xq.scale, torch.float32)
+    return dx, dw
 
 
-# ---- LSS (Xi et al., 2306.11987). Taken: forward, a block Hadamard of 32 and symmetric INT4 with one step a tensor,
-# what clips gets no gradient; backward, dy split into two INT4 matrices (high, and the residual rounded
-# stochastically), of whose 2 M rows about half are kept, with probability p ~ |dy row| |x row| for dw and |dy row|
-# for dx, and divided by p. Chosen: the step is not learned but the error-minimising one of a Gaussian, 0.354 of its
-# standard deviation; rows are kept independently of each other, with probability min(1, M |row| / sum); no time is
-# saved, as the rows left out are multiplied by zero.
+# ---- LSS: learned step size and sampled rows (Xi et al., 2306.11987)
+#
+# Taken from the paper, forward: a Hadamard matrix over blocks of 32, and symmetric INT4 with one
+# step a tensor; what clips gets no gradient. Backward: dy is split into two INT4 matrices, the
+# high half and its residual, which is rounded stochastically. Of their 2 M rows about half are
+# kept, each with a probability p that is proportional to |dy row| |x row| for dw and to |dy row|
+# for dx, and divided by p, which keeps the mean. Chosen here: the step is not learned; it is the
+# one with the least squared error for a Gaussian, 0.354 of its standard deviation. Rows are kept
+# independently of each other, with probability min(1, M |row| / sum of |row|). Nothing is saved by
+# that: a row that is not kept is multiplied by 0.
 
-def lss_quantize(v, dtype): return per_tensor(v, INT4, .354 * mean(v.square()).sqrt(), dtype)
+LSS_ROTATION = 32
+
+
+class LssSaved(NamedTuple):
+    x: torch.Tensor
+    x_scale: torch.Tensor
+    w: torch.Tensor
+    w_scale: torch.Tensor
+    x_mask: torch.Tensor            # bool, what did not clip
+    w_mask: torch.Tensor
+    unquantized_w: torch.Tensor     # for its shape
+
+
+def lss_rotate(v):
+    return rotate(F.pad(v, (0, -v.shape[1] % LSS_ROTATION)), LSS_ROTATION)
+
+
+def lss_quantize(v, dtype):
+    """Returns v quantised, and the mask of what did not clip."""
+    quantized = quantize_tensor(v, INT4, .354 * mean(v.square()).sqrt(), dtype)
+    return quantized, v.abs() < 7 * quantized.scale
+
 
 def lss_forward(x, w, recipe):
-    turned = [rotate(F.pad(v, (0, -v.shape[1] % 32)), 32) for v in (x, w)]
-    (xq, xf), (wq, wf) = (lss_quantize(v, x.dtype) for v in turned)
-    masks = [v.abs() < 7 * f for v, f in zip(turned, (xf, wf))]
-    return product(xq, wq, xf * wf, x.dtype), (xq, xf, wq, wf, *masks, w)
+    xq, x_mask = lss_quantize(lss_rotate(x), x.dtype)
+    wq, w_mask = lss_quantize(lss_rotate(w), x.dtype)
+    y = scaled_matmul(xq.values, wq.values, xq.scale * wq.scale, x.dtype)
+    return y, LssSaved(*xq, *wq, x_mask, w_mask, w)
+
+
+def lss_split(dy, noise):
+    """Returns the high half of dy above the low one, [2 M, N]; their sum is dy, on average."""
+    high = quantize_tensor(dy, INT4, absmax(dy) / 7, torch.float32)
+    high_part = high.values * high.scale
+    residual = dy.float() - high_part
+    low = quantize_tensor(residual, INT4, high.scale.squeeze() / 14, torch.float32, noise)
+    return torch.cat((high_part, low.values * low.scale))
+
+
+def lss_sample(halves, weight, u, dtype):
+    """Keeps about half of the rows and adds the two halves.
+
+    weight [2 M] says how probable it is that a row is kept; u [2 M] are random numbers of [0, 1).
+    """
+    M = len(halves) // 2
+    p = (M * weight / total(weight)).clamp_max(1)
+    kept = (halves * torch.where(u < p, 1 / p, 0.)[:, None]).to(dtype)
+    return kept[:M] + kept[M:]
+
+
+def lss_unrotate(grad, mask, columns):
+    return cast(rotate(grad * mask, LSS_ROTATION)[:, :columns], grad.dtype)
+
 
 def lss_backward(dy, saved, recipe):
-    x, xf, w, wf, x_mask, w_mask, original = saved
+    saved = LssSaved(*saved)
     M, N = dy.shape
-    noise, for_dx, for_dw = uniform(dy, x, M * N + 4 * M).split((M * N, 2 * M, 2 * M))
-    high, hf = per_tensor(dy, INT4, largest(dy) / 7, torch.float32)
-    low, lf = per_tensor(dy.float() - high * hf, INT4, hf.squeeze() / 14, torch.float32, noise.view(M, N))
-    split = torch.cat((high * hf, low * lf))                                    # [2 M, N]; the sum of both halves is dy
-    def sampled(weight, u):
-        p = (M * weight / total(weight)).clamp_max(1)
-        return (split * torch.where(u < p, 1 / p, 0.)[:, None]).to(dy.dtype)
-    both = sampled(norm(split), for_dx)
-    dx = product(both[:M] + both[M:], w.T, wf, dy.dtype)
-    both = sampled(norm(split) * norm(x).repeat(2), for_dw)
-    dw = product((both[:M] + both[M:]).T, x.T, xf, torch.float32)
-    return [cast(rotate(d * mask, 32)[:, :original.shape[1]], d.dtype) for d, mask in ((dx, x_mask), (dw, w_mask))]
+    draws = uniform(dy, saved.x, M * N + 4 * M)
+    noise, u_dx, u_dw = draws.split((M * N, 2 * M, 2 * M))
+    halves = lss_split(dy, noise.view(M, N))
+    columns = saved.unquantized_w.shape[1]
+
+    weight = row_norms(halves)
+    sampled = lss_sample(halves, weight, u_dx, dy.dtype)
+    dx = scaled_matmul(sampled, saved.w.T, saved.w_scale, dy.dtype)
+
+    weight = weight * row_norms(saved.x).repeat(2)
+    sampled = lss_sample(halves, weight, u_dw, dy.dtype)
+    dw = scaled_matmul(sampled.T, saved.x.T, saved.x_scale, torch.float32)
+    return lss_unrotate(dx, saved.x_mask, columns), lss_unrotate(dw, saved.w_mask, columns)
 
 
 METHODS.update({
     "fp8": (fp8.forward, fp8.backward),
-    "luq-int4": (luq_forward, luq_backward), "luq-fp4": (luq_forward, luq_backward),
-    "jetfire-fp4": (jetfire_forward, jetfire_backward), "halo-fp4": (halo_forward, halo_backward),
-    "lss-int4": (lss_forward, lss_backward)})
+    "luq-int4": (luq_forward, luq_backward),
+    "luq-fp4": (luq_forward, luq_backward),
+    "jetfire-fp4": (jetfire_forward, jetfire_backward),
+    "halo-fp4": (halo_forward, halo_backward),
+    "lss-int4": (lss_forward, lss_backward),
+})

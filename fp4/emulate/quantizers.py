@@ -1,139 +1,322 @@
 """
-Quantisers of the emulated recipes: v [R, K] float32 -> values, factor, mask, with v ~= values * factor.
+Quantisers of the emulated recipes: they round numbers to those that a 4- or 8-bit format can hold.
 
-    format   elements   a block's scale                    blocks along K
-    mxfp4    E2M1       a power of two (E8M0)              32
-    mxfp8    E4M3       a power of two (E8M0)              32
-    int4     -7 .. 7    float32                            32
-    nvfp4    E2M1       E4M3, and a float32 a tensor       16
+Four bits alone can say little. These are all the magnitudes of E2M1, the 4-bit float with a sign,
+two bits of exponent and one bit of mantissa:
 
-What a format holds beside its blocks (a float32 scale a tensor, the 4/3 that Quartet's 3/4 needs) is the factor [1,
-1] or [R, 1]: it comes out of the product, so that the values stay exact in bfloat16. The mask says what did not clip,
-where the scale rule clips on purpose; None: gradients go straight through. A NaN or Inf makes its block NaN.
+    0   0.5   1   1.5   2   3   4   6
 
-noise, one number of [0, 1) a value, rounds stochastically; without it, to nearest, ties to even. Written for
-torch.compile: exponents by bit operations, sums whose order cannot be seen, so that compiled and eager code round
-alike.
+So the formats below cut a row into blocks of neighbours, and each block has a scale of its own that
+is stored beside it. A number is then element * scale:
+
+    format   elements               scale of a block                 block   bits a number
+    mxfp4    E2M1, up to 6          E8M0: a power of two             32      4.25
+    mxfp8    E4M3, up to 448        E8M0: a power of two             32      8.25
+    int4     integers, -7 .. 7      float32                          32      5
+    nvfp4    E2M1, up to 6          E4M3, and a float32 a tensor     16      4.5
+
+E4M3 is an 8-bit float with four bits of exponent and three of mantissa; it serves as a format of
+elements or, in nvfp4, of scales. E8M0 is eight bits of exponent and nothing else. mxfp4 and mxfp8
+are OCP Microscaling v1.0.
+
+A scale rule says how a block finds its scale. It may let the largest values clip, which means that
+they saturate at the format's largest, where that makes the error of all the others smaller.
+
+A block is a stretch along K, the axis that the product sums over: only there can hardware apply its
+scale in the middle of the sum. In *square blocks* n rows by n columns share a scale. A weight that
+is quantised so keeps its blocks when it is transposed, and the backward pass can use it as it is.
+
+"four-six" (Four Over Six) is a scale rule of nvfp4. Nothing lies between 4 and 6, so values near 5
+are rounded badly. It tries two scales, under which a block's largest value becomes 6, or 4, and
+keeps the one with the smaller error.
+
+Three ways of rounding:
+
+    nearest      ties go to the even neighbour; the smallest error, but numbers shrink on average
+    stochastic   up or down with probabilities that make the mean exact; more than twice the error
+    eden         to nearest, then times S = <v, v> / <v, q>. Behind a random rotation that is
+                 unbiased too, at almost the error of nearest
+
+A quantiser takes v [R, K] in float32 and returns values, factor and mask, with v ~= values *
+factor. The factor, [1, 1] or [R, 1], is what a format holds beside its blocks: the float32 scale
+of a tensor, the 4/3 that undoes Quartet's 3/4, or the S of a row. It is applied after the product,
+so that the values stay exact in bfloat16. The mask says what did not clip, where a rule clips on
+purpose; it is None where all gradients pass. A NaN or Inf makes its whole block NaN.
+
+All of this is written for torch.compile: exponents are read by bit operations, and sums are such
+that their order cannot be seen, so that compiled and eager code round alike.
 """
 from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from .reference import SPREAD
+
+from ..reference import QUEST_SCALE_PER_STD
 
 
 class Grid(NamedTuple):
-    mantissa: int       # bits
-    emin: int           # the exponent below which steps stay as they are
-    top: float          # the largest value
-
-E2M1, E4M3, INT4 = Grid(1, 0, 6), Grid(3, -6, 448), Grid(2, 2, 7)
-BLOCK = {"mxfp4": 32, "mxfp8": 32, "int4": 32, "nvfp4": 16}
-PMA = 1.009276          # 1 / (1 - 0.0092): what to nearest under AbsMax 3/4 takes from a Gaussian (Quartet's code)
+    """The magnitudes of a format: steps of 2**(exponent - mantissa_bits) from 0 to max_value."""
+    mantissa_bits: int
+    min_exponent: int           # below 2**min_exponent the steps stay as they are (subnormals)
+    max_value: float
 
 
-def floor_log2(x): return (x.view(torch.int32) >> 23 & 255) - 127      # of x >= 0; below 2**-126: -127
-def pow2(e): return (e.clamp(-126, 127) + 127 << 23).view(torch.float32)
+E2M1 = Grid(1, 0, 6)
+E4M3 = Grid(3, -6, 448)
+INT4 = Grid(2, 2, 7)
+
+ELEMENTS = {"mxfp4": E2M1, "mxfp8": E4M3, "int4": INT4, "nvfp4": E2M1}
+BLOCK_SIZE = {"mxfp4": 32, "mxfp8": 32, "int4": 32, "nvfp4": 16}
+
+# Rounding to nearest under absmax34 shrinks Gaussian numbers by 0.92 % on average; the rule "pma"
+# undoes that by this factor, 1 / (1 - 0.0092), which is the one in Quartet's code.
+PMA_FACTOR = 1.009276
+
+
+# ---- rounding to a grid
+
+# reference.py has exact functions of the same names, for any float. These two read and write the
+# exponent field by bit operations, which torch.compile fuses and which compiled and eager code do
+# alike. They stop at normal numbers: floor_log2, for x >= 0, gives -127 for all that is below
+# 2**-126, and pow2 gives 2**-126 in place of any smaller power.
+
+def floor_log2(x): return ((x.view(torch.int32) >> 23) & 255) - 127
+def pow2(e): return ((e.clamp(-126, 127) + 127) << 23).view(torch.float32)
+
 
 def to_grid(u, grid, noise=None):
-    """u rounded to the grid, saturating"""
-    step = pow2(floor_log2(u.abs()).clamp_min(grid.emin) - grid.mantissa)
-    n = u.abs() / step
-    n = n.round() if noise is None else (n + noise).floor()
-    return (n * step).clamp_max(grid.top) * torch.where(u < 0, -1., 1.)
+    """Rounds u to the grid; what lies beyond its largest value becomes that.
+
+    noise, one number of [0, 1) for each of u, rounds stochastically. Without it u is rounded to
+    nearest, ties to even.
+    """
+    exponent = floor_log2(u.abs()).clamp_min(grid.min_exponent)
+    step = pow2(exponent - grid.mantissa_bits)
+    steps = u.abs() / step
+    if noise is None:
+        steps = steps.round()
+    else:
+        steps = (steps + noise).floor()
+    return (steps * step).clamp_max(grid.max_value) * torch.where(u < 0, -1., 1.)
+
 
 def total(v):
-    """sum over the last axis, [..., 1], in float64: rounded to float32, its order cannot be seen"""
+    """Sums over the last axis, [..., 1].
+
+    The sum runs in float64 and is then rounded to float32, where the order in which a compiler adds
+    cannot be seen any more.
+    """
     return v.double().sum(-1, True).float()
 
-def block(v, n, square):
-    """[R, K] -> [R, K/n, n], or tiles [R/n, K/n, n * n] of n rows (missing ones are zero)"""
-    if not square: return v.unflatten(-1, (-1, n))
-    v = F.pad(v, (0, 0, 0, -len(v) % n))
-    return v.unflatten(-1, (-1, n)).unflatten(0, (-1, n)).transpose(1, 2).flatten(-2)
 
-def unblock(v, R, n, square):
-    if square: v = v.unflatten(-1, (n, n)).transpose(1, 2).flatten(0, 1)[:R]
-    return v.flatten(-2)
+# ---- blocks
 
-def eden(v, q):
-    """S = <v, v> / <v, q> in two parts: times S, what was rounded to nearest behind a random rotation is unbiased"""
-    return total(v * v), total(v * q)
+def split_blocks(v, size, square):
+    """Splits [R, K] into blocks [R, K/size, size], or square ones [R/size, K/size, size * size].
 
-def ratio(vv, vq): return torch.where(vq == 0, 1., vv / vq)
+    For square blocks, missing rows are filled up with zeros.
+    """
+    if not square:
+        return v.unflatten(-1, (-1, size))
+    v = F.pad(v, (0, 0, 0, -len(v) % size))
+    tiles = v.unflatten(-1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    return tiles.flatten(-2)
 
 
-# ---- power-of-two scales: the exponent of each block, and what the block is multiplied by so that nothing clips
+def join_blocks(blocks, rows, size, square):
+    """Undoes split_blocks: returns [rows, K]."""
+    if square:
+        tiles = blocks.unflatten(-1, (size, size))
+        blocks = tiles.transpose(1, 2).flatten(0, 1)[:rows]
+    return blocks.flatten(-2)
 
-def quest(v):
-    """QuEST: the error-minimising scale of a Gaussian with the block's standard deviation"""
-    n = v.shape[-1]
-    return ((total(v * v) / n - (total(v) / n).square()).clamp_min(0)).sqrt() * SPREAD + 1e-8
 
-def mse(v):
-    """of three exponents the one with the least squared error"""
-    e = floor_log2(v.abs().amax(-1, True)) - 2
-    s = [pow2(e + i) for i in (-1, 0, 1)]
-    error = torch.cat([total((to_grid(v / si, E2M1) * si - v).square()) for si in s], -1)
-    return e - 1 + error.argmin(-1, True).int()
+def block_max(blocks): return blocks.abs().amax(-1, True)
 
-def absmax(v): return floor_log2(v.abs().amax(-1, True)) - 2
 
-SCALES = {
+# ---- EDEN
+
+# Behind a random rotation, S = <v, v> / <v, q> times q is an unbiased estimate of v, where q is v
+# rounded to nearest. S is 1 where q has nothing left to correct.
+
+def eden_block_correction(v, q):
+    """Returns the S of each block."""
+    return eden_correction(total(v * v), total(v * q))
+
+
+def eden_row_correction(v, q):
+    """Returns the S of each row [R, 1], from the sums over its blocks."""
+    return eden_correction(total(v * v).sum(1), total(v * q).sum(1))
+
+
+def eden_correction(vv, vq): return torch.where(vq == 0, 1., vv / vq)
+
+
+# ---- formats with a scale for each block and no other: MXFP4, MXFP8 and INT4
+
+# A scale rule of a power-of-two format takes blocks [..., n] and returns the exponent of each,
+# int32 [..., 1].
+
+def quest_scale(blocks):
+    """Returns the scale with the least squared error for a Gaussian of that deviation (QuEST)."""
+    n = blocks.shape[-1]
+    mean = total(blocks) / n
+    variance = (total(blocks * blocks) / n - mean.square()).clamp_min(0)
+    return variance.sqrt() * QUEST_SCALE_PER_STD + 1e-8
+
+
+def floor_exponent(blocks): return floor_log2(quest_scale(blocks))
+def nearest_exponent(blocks): return floor_log2(quest_scale(blocks) * 2 ** .5)
+
+# The largest value of a block gets the largest exponent of the elements: 2 in E2M1, 8 in E4M3.
+def absmax_exponent(blocks): return floor_log2(block_max(blocks)) - 2
+def absmax_exponent_e4m3(blocks): return floor_log2(block_max(blocks)) - 8
+
+
+def mse_exponent(blocks):
+    """Returns the one of three exponents around absmax's that has the least squared error."""
+    smallest = absmax_exponent(blocks) - 1
+    errors = []
+    for i in range(3):
+        scale = pow2(smallest + i)
+        rounded = to_grid(blocks / scale, E2M1) * scale
+        errors.append(total((rounded - blocks).square()))
+    return smallest + torch.cat(errors, -1).argmin(-1, True).int()
+
+
+# The rules that recipes.SCALE_RULES names. None means that the scale is no power of two; it is
+# found where the format is quantised.
+SCALE_FUNCTIONS = {
     "mxfp4": {
-        "floor":    lambda v: floor_log2(quest(v)),
-        "nearest":  lambda v: floor_log2(quest(v) * 2 ** .5),
-        "absmax34": absmax,         # and a factor 3/4: nothing clips
-        "absmax":   absmax,         # OCP Microscaling v1.0: what lies above 6 after scaling clips
-        "pma":      absmax,         # absmax34, and its mean shrinkage undone
-        "mse":      mse,
+        "floor": floor_exponent,        # the power of two below QuEST's scale
+        "nearest": nearest_exponent,    # the one nearest to it
+        "absmax34": absmax_exponent,    # and then times 3/4, so that nothing clips
+        "absmax": absmax_exponent,      # as OCP Microscaling has it: above 6 after scaling it clips
+        "pma": absmax_exponent,         # absmax34, and its mean shrinkage undone
+        "mse": mse_exponent,
     },
     "nvfp4": {"absmax": None, "four-six": None},
-    "mxfp8": {"absmax": lambda v: absmax(v) - 6},
+    "mxfp8": {"absmax": absmax_exponent_e4m3},
     "int4": {"absmax": None},
 }
-MASKED = "floor", "nearest", "mse"              # these clip on purpose: what clipped gets no gradient
+CLIPS_ON_PURPOSE = ("floor", "nearest", "mse")      # what these rules clip gets no gradient
+THREE_QUARTERS = ("absmax34", "pma")
 
 
-def mx(v, how, noise, square):
-    """MXFP4, MXFP8 and INT4. Their scales have no room for EDEN's correction: it becomes one factor a row"""
-    grid, R = {"mxfp4": E2M1, "mxfp8": E4M3, "int4": INT4}[how.format], len(v)
-    v, noise = block(v, 32, square), None if noise is None else block(noise, 32, square)
-    top, gain = v.abs().amax(-1, True), .75 if how.scale in ("absmax34", "pma") else 1.
-    s = top / grid.top if how.format == "int4" else pow2(SCALES[how.format][how.scale](v))
-    s = torch.where(top.isfinite(), torch.where(top == 0, 1., s), torch.nan)
-    u = v / s * gain
-    q = to_grid(u, grid, None if how.rounding == "eden" else noise) * s
-    mask = unblock(u.abs() < grid.top, R, 32, square) if how.scale in MASKED else None
-    factor = v.new_full((1, 1), (PMA if how.scale == "pma" else 1) / gain)
-    if how.rounding == "eden":
-        factor = ratio(*(part.sum(1) for part in eden(v, q)))
-    return unblock(q, R, 32, square), factor, mask
+def quantize_mx(v, spec, noise, square):
+    """Quantises to MXFP4, MXFP8 or INT4.
+
+    EDEN's correction does not fit into their scales. It becomes one factor for each row, so it is
+    made of the sums over the row's blocks.
+    """
+    size = BLOCK_SIZE[spec.format]
+    grid = ELEMENTS[spec.format]
+    blocks = split_blocks(v, size, square)
+    if noise is not None:
+        noise = split_blocks(noise, size, square)
+    is_eden = spec.rounding == "eden"
+
+    gain = .75 if spec.scale in THREE_QUARTERS else 1.
+    scale = block_scale(blocks, spec, grid)
+    u = blocks / scale * gain
+    q = to_grid(u, grid, None if is_eden else noise) * scale
+
+    mask = None
+    if spec.scale in CLIPS_ON_PURPOSE:
+        mask = join_blocks(u.abs() < grid.max_value, len(v), size, square)
+    factor = v.new_full((1, 1), (PMA_FACTOR if spec.scale == "pma" else 1) / gain)
+    if is_eden:
+        factor = eden_row_correction(blocks, q)
+    return join_blocks(q, len(v), size, square), factor, mask
 
 
-def nvfp4(v, how, noise, square):
-    """NVFP4. Scale "four-six" tries two scales a block (its largest value becomes 6, or 4) and keeps the better;
-    rounding "stochastic" leaves room for scales that round down; "eden" is MS-EDEN (2601.22813, Algorithm 1): to
-    nearest, then the correction goes into the block's scale, which is rounded stochastically"""
-    R, to = len(v), {"nearest": 6, "stochastic": 6 * 16 / 17, "eden": 6 * 16 / 17 / .93}[how.rounding]
-    cap = 448 if how.scale == "absmax" and how.rounding != "eden" else 256      # 256 leaves room for 6/4, and for S
-    v, noise = block(v, 16, square), None if noise is None else block(noise, 16, square)
-    top = v.abs().amax(-1, True)
-    t = top.amax() / (cap * to)
-    t = torch.where(t.isfinite(), torch.where(t == 0, 1., t), torch.nan)
-    def scaled(to, noise):
-        b = to_grid(top / (to * t), E4M3)
-        b = torch.where(b == 0, 1., b)
-        return b, to_grid(v / (b * t), E2M1, None if how.rounding == "eden" else noise)
-    b, q = scaled(to, noise)
-    if how.scale == "four-six":
-        b4, q4 = scaled(to * 4 / 6, None if noise is None else noise.flip(-1))   # as if it was drawn again
-        better = total((q4 * b4 * t - v).square()) < total((q * b * t - v).square())
-        b, q = torch.where(better, b4, b), torch.where(better, q4, q)
-    if how.rounding == "eden":
-        b = to_grid(b * ratio(*eden(v, q * b * t)), E4M3, noise[..., :1])
-    return unblock(q * b, R, 16, square), t.view(1, 1), None
+def block_scale(blocks, spec, grid):
+    """Returns the scale of each block: 1 for one of zeros, NaN for one that is not finite."""
+    largest = block_max(blocks)
+    if spec.format == "int4":
+        scale = largest / grid.max_value
+    else:
+        scale = pow2(SCALE_FUNCTIONS[spec.format][spec.scale](blocks))
+    scale = torch.where(largest == 0, 1., scale)
+    return torch.where(largest.isfinite(), scale, torch.nan)
 
 
-def quantize(v, how, noise=None, square=False):
-    """v [R, K] float32, K a multiple of the block -> values, factor, mask; how: a Product of recipes.py"""
-    return (nvfp4 if how.format == "nvfp4" else mx)(v, how, noise, square)
+# ---- NVFP4
+
+# The element that a block's largest value is scaled to, by rounding. A block's scale is E4M3 and
+# may have been rounded down, by 1/17 at most, after which the largest element would be above 6.
+# Stochastic rounding must not clip and leaves room for that. EDEN may clip a little: the authors
+# of 2601.22813 found the smallest error at 1/.93 of that.
+LARGEST_ELEMENT = {"nearest": 6, "stochastic": 6 * 16 / 17, "eden": 6 * 16 / 17 / .93}
+
+
+def quantize_nvfp4(v, spec, noise, square):
+    """Quantises to NVFP4.
+
+    Rounding "eden" is MS-EDEN (2601.22813, Algorithm 1): the elements are rounded to nearest, then
+    each block's correction goes into its scale, which is rounded stochastically.
+    """
+    size = BLOCK_SIZE["nvfp4"]
+    blocks = split_blocks(v, size, square)
+    if noise is not None:
+        noise = split_blocks(noise, size, square)
+    is_eden = spec.rounding == "eden"
+    element_noise = None if is_eden else noise
+
+    largest_element = LARGEST_ELEMENT[spec.rounding]
+    tensor_scale = nvfp4_tensor_scale(blocks, spec, largest_element)
+    scale, elements = nvfp4_blocks(blocks, tensor_scale, largest_element, element_noise)
+    if spec.scale == "four-six":
+        if element_noise is not None:
+            element_noise = element_noise.flip(-1)          # as if it had been drawn again
+        scale, elements = choose_smaller_error(
+            blocks, tensor_scale, (scale, elements),
+            nvfp4_blocks(blocks, tensor_scale, largest_element * 4 / 6, element_noise))
+    if is_eden:
+        correction = eden_block_correction(blocks, elements * scale * tensor_scale)
+        scale = to_grid(scale * correction, E4M3, noise[..., :1])
+    values = join_blocks(elements * scale, len(v), size, square)
+    return values, tensor_scale.view(1, 1), None
+
+
+def nvfp4_tensor_scale(blocks, spec, largest_element):
+    """Returns the float32 scale of the tensor, under which the largest block scale is 448 or 256.
+
+    E4M3 ends at 448; 256 leaves room for a scale that is 6/4 as large (four-six), and for EDEN's S.
+    """
+    only_absmax = spec.scale == "absmax" and spec.rounding != "eden"
+    largest_scale = 448 if only_absmax else 256
+    scale = block_max(blocks).amax() / (largest_scale * largest_element)
+    finite = scale.isfinite()
+    scale = torch.where(scale == 0, 1., scale)
+    return torch.where(finite, scale, torch.nan)
+
+
+def nvfp4_blocks(blocks, tensor_scale, largest_element, noise):
+    """Returns the E4M3 scale of each block, and its elements, scaled to largest_element."""
+    scale = to_grid(block_max(blocks) / (largest_element * tensor_scale), E4M3)
+    scale = torch.where(scale == 0, 1., scale)
+    return scale, to_grid(blocks / (scale * tensor_scale), E2M1, noise)
+
+
+def choose_smaller_error(blocks, tensor_scale, first, second):
+    """Returns, for each block, the (scale, elements) of the two with the smaller squared error."""
+    def squared_error(scale, elements):
+        return total((elements * scale * tensor_scale - blocks).square())
+
+    is_better = squared_error(*second) < squared_error(*first)
+    scale = torch.where(is_better, second[0], first[0])
+    return scale, torch.where(is_better, second[1], first[1])
+
+
+def quantize(v, spec, noise=None, square=False):
+    """Quantises v as a GemmSpec says.
+
+    v           [R, K]  float32, K a multiple of the format's block
+    noise       [R, K]  numbers of [0, 1), or None where spec.rounding is "nearest"
+    square      whether blocks are square
+    returns     values [R, K], factor [1, 1] or [R, 1], mask [R, K] or None
+    """
+    if spec.format == "nvfp4":
+        return quantize_nvfp4(v, spec, noise, square)
+    return quantize_mx(v, spec, noise, square)

@@ -1,0 +1,13 @@
+"""
+Every recipe that no kernel computes, in plain PyTorch.
+
+    matmul.py        the three products of a linear layer, as the columns of a recipe describe them
+    quantizers.py    the number formats, and how a block of numbers finds its scale
+    fp8.py           the method "fp8"
+    baselines.py     the methods that Quartet was compared with
+
+Matmul is the one autograd Function for all of them: it looks the method of a recipe up in
+matmul.METHODS. Importing this package is what registers "fp8" and the baselines there.
+"""
+from . import baselines
+from .matmul import Matmul
