@@ -1,7 +1,10 @@
 /*
-Two plain passes, a thread a block of 32: packed -> values, and a gradient (d * mask) H back from the rotated basis.
+Two simple kernels in which a thread owns a block of 32 and nothing is shared between blocks:
+
+    dequantize      packed -> values
+    unrotate        a gradient d in the rotated basis -> (d * mask) H
 */
-#include "cuda.cuh"
+#include "block_io.cuh"
 #include "ops.h"
 
 namespace {
@@ -9,62 +12,121 @@ namespace {
 constexpr int THREADS = 256;
 
 template <class T>
-__global__ void dequantize_kernel(const uint8_t* codes, const uint8_t* scales, int64_t blocks, T* x) {
+__global__ void dequantize_kernel(
+    const uint8_t* codes,           // [blocks, 16]
+    const uint8_t* scales,          // [blocks]
+    int64_t blocks,
+    T* x) {                         // [blocks, 32]
   const int64_t block = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (block >= blocks) return;
-  const float s = scale_of(scales[block]);
-  const uint4 q = reinterpret_cast<const uint4*>(codes)[block];
-  const uint32_t word[4] = {q.x, q.y, q.z, q.w};
-  Vector v;
-  UNROLL for (int i = 0; i < 32; i++) v[i][0] = value(word[i / 8] >> 4 * (i % 8) & 15) * s;
+  if (block >= blocks)
+    return;
+  const float scale = e8m0_value(scales[block]);
+  const uint4 chunk = reinterpret_cast<const uint4*>(codes)[block];
+  uint32_t eight_codes[4];
+  memcpy(eight_codes, &chunk, 16);
+  Block32 v;
+  UNROLL for (int i = 0; i < 32; i++) {
+    const uint32_t code = (eight_codes[i / 8] >> (4 * (i % 8))) & 15;
+    v[i][0] = e2m1_value(code) * scale;
+  }
   store(x + 32 * block, v);
 }
 
-// A thread's block is 64 or 128 bytes: 16 of them at a time, a warp would touch 32 lines, and write halves of sectors. So it reads and
-// writes 512 bytes in a row, and blocks wait in its part of shared memory, 16 bytes apart so that 8 threads meet 32 banks
-template <class T> constexpr int PITCH = 32 * sizeof(T) + 16;
+// A block of 32 is 64 or 128 bytes. If each thread read its own block from memory, 16 bytes at a
+// time, a warp would touch 32 different lines with each instruction, and would write halves of
+// sectors. So a warp reads and writes 512 bytes in a row instead, and its blocks wait in shared
+// memory in between. There they are 16 bytes further apart than they are long, so that eight
+// threads, 16 bytes each, meet all 32 banks.
+template <class T>
+constexpr int PITCH = 32 * sizeof(T) + 16;
 
-// 16 bytes of the n blocks from x on, of a thread and step: f(where in memory, where in shared memory)
-template <class T, class F> __device__ void chunks(T* x, int n, uint8_t* shared, F f) {
-  constexpr int CHUNKS = 2 * sizeof(T);
+// Calls copy(in memory, in shared memory) for each chunk of 16 bytes of the warp's n blocks that
+// this thread copies.
+template <class T, class Copy>
+__device__ void for_each_chunk(
+    T* x,                           // [n, 32]: the warp's blocks in memory
+    int n,
+    uint8_t* shared,                // [32, PITCH<T>]
+    Copy copy) {
+  constexpr int CHUNKS = 2 * sizeof(T);         // a block
+  constexpr int VALUES = 16 / sizeof(T);        // a chunk
   UNROLL for (int i = 0; i < CHUNKS; i++) {
-    const int at = 32 * i + threadIdx.x % 32, block = at / CHUNKS;
-    if (block < n) f(x + at * (16 / int(sizeof(T))), shared + block * PITCH<T> + at % CHUNKS * 16);
+    const int chunk = 32 * i + threadIdx.x % 32;
+    const int block = chunk / CHUNKS;
+    if (block < n)
+      copy(x + chunk * VALUES, shared + block * PITCH<T> + chunk % CHUNKS * 16);
   }
 }
 
 template <class T, class U>
-__global__ void unrotate_kernel(const T* __restrict__ d, const int32_t* __restrict__ mask, int64_t blocks, U* __restrict__ x) {
-  __shared__ __align__(16) uint8_t waiting[THREADS / 32][32 * (PITCH<T> > PITCH<U> ? PITCH<T> : PITCH<U>)];
-  uint8_t* shared = waiting[threadIdx.x / 32];
+__global__ void unrotate_kernel(
+    const T* __restrict__ d,                    // [blocks, 32]
+    const int32_t* __restrict__ mask,           // [blocks]: bit i is element i
+    int64_t blocks,
+    U* __restrict__ x) {                        // [blocks, 32]
+  constexpr int MAX_PITCH = PITCH<T> > PITCH<U> ? PITCH<T> : PITCH<U>;
+  __shared__ __align__(16) uint8_t memory[THREADS / 32][32 * MAX_PITCH];
+  uint8_t* shared = memory[threadIdx.x / 32];   // of this warp
   const int64_t first = int64_t(blockIdx.x) * THREADS + threadIdx.x / 32 * 32;
-  const int lane = threadIdx.x % 32, n = int(min(blocks - first, int64_t(32)));
-  Vector v;
-  chunks(d + 32 * first, n, shared, [](const T* from, uint8_t* to) { *(uint4*)to = *(const uint4*)from; });
-  const uint32_t inside = lane < n ? mask[first + lane] : 0;
+  const int lane = threadIdx.x % 32;
+  const int n = int(min(blocks - first, int64_t(32)));
+
+  for_each_chunk(d + 32 * first, n, shared, [](const T* from, uint8_t* to) {
+    *(uint4*)to = *(const uint4*)from;
+  });
+  const uint32_t block_mask = lane < n ? mask[first + lane] : 0;
   __syncwarp();
+
+  Block32 v;
   load((const T*)(shared + lane * PITCH<T>), v);
-  unrotate(v, inside);
+  unrotate(v, block_mask);
   __syncwarp();
+
   store((U*)(shared + lane * PITCH<U>), v);
   __syncwarp();
-  chunks(x + 32 * first, n, shared, [](U* to, const uint8_t* from) { *(uint4*)to = *(const uint4*)from; });
-}
-
-unsigned groups(int64_t blocks) { return unsigned(ceil_div(blocks, THREADS)); }
-
-}  // namespace
-
-void dequantize_cuda(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream) {
-  const int64_t blocks = M * K / 32;
-  if (blocks) typed(x, [=](auto* x) {
-    dequantize_kernel<<<groups(blocks), THREADS, 0, (cudaStream_t)stream>>>(codes, scales, blocks, x);
+  for_each_chunk(x + 32 * first, n, shared, [](U* to, const uint8_t* from) {
+    *(uint4*)to = *(const uint4*)from;
   });
 }
 
-void unrotate_cuda(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream) {
+unsigned grid_size(int64_t blocks) { return unsigned(ceil_div(blocks, THREADS)); }
+
+template <class T, class U>
+void launch_unrotate(const T* d, const int32_t* mask, int64_t blocks, U* x, cudaStream_t stream) {
+  unrotate_kernel<<<grid_size(blocks), THREADS, 0, stream>>>(d, mask, blocks, x);
+}
+
+}  // namespace
+
+void dequantize_cuda(
+    const uint8_t* codes,           // [M, K/2]
+    const uint8_t* scales,          // [M, K/32]
+    int64_t M,
+    int64_t K,
+    FloatMatrix x,                  // [M, K]
+    void* stream) {
   const int64_t blocks = M * K / 32;
-  if (blocks) typed(d, [=](auto* d) { typed(x, [=](auto* x) {
-    unrotate_kernel<<<groups(blocks), THREADS, 0, (cudaStream_t)stream>>>(d, mask, blocks, x);
-  }); });
+  if (!blocks)
+    return;
+  with_dtype(x, [=](auto* values) {
+    dequantize_kernel<<<grid_size(blocks), THREADS, 0, (cudaStream_t)stream>>>(
+        codes, scales, blocks, values);
+  });
+}
+
+void unrotate_cuda(
+    FloatMatrix d,                  // [M, K]
+    const int32_t* mask,            // [M, K/32]
+    int64_t M,
+    int64_t K,
+    FloatMatrix x,                  // [M, K]
+    void* stream) {
+  const int64_t blocks = M * K / 32;
+  if (!blocks)
+    return;
+  with_dtype(d, [=](auto* from) {
+    with_dtype(x, [=](auto* to) {
+      launch_unrotate(from, mask, blocks, to, (cudaStream_t)stream);
+    });
+  });
 }

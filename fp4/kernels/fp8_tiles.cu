@@ -1,70 +1,132 @@
 /*
-Packed -> FP8 for a product, exactly: 2^s * E2M1 is FP8 without rounding over a window of s (tiles.cuh), so that a block's scale
-moves into the values, all but the largest of its neighbours, which becomes their scale. A block that falls out of the window
-rounds. All-zero blocks do not count: their scale byte says nothing.
+Packed MXFP4 -> FP8 operands of a product, exactly (fp8_tiles.cuh explains why it is exact, and
+which blocks are rounded).
 
-    fold         for a library's product: E4M3 [M, K], a scale a row; alpha goes into it
-    fold_tiles   for gemm_sm90.cu
+    packed_to_fp8_rows      for a library's product: E4M3 [M, K] and a float32 scale a row, which
+                            alpha is multiplied into
+    packed_to_fp8_tiles     for gemm_sm90.cu
 */
 #include "ops.h"
-#include "tiles.cuh"
+#include "fp8_tiles.cuh"
 
 namespace {
 
-constexpr int THREADS = 128, TILE_THREADS = 4 * SIDE;
+constexpr int ROW_THREADS = 128;
+constexpr int ROW_WARPS = ROW_THREADS / 32;
 
-struct Codes { uint4 q; int e; bool ok; };
+// One block of a packed matrix, as a thread holds it: 2^e * codes, or NaN unless finite.
+struct PackedBlock {
+  uint4 codes;
+  int e;
+  bool finite;
+};
 
-__device__ Codes read(const uint8_t* codes, const uint8_t* scales, int64_t block) {
+__device__ PackedBlock read_block(
+    const uint8_t* codes,           // [blocks, 16]
+    const uint8_t* scales,          // [blocks]
+    int64_t block) {
   const int byte = scales[block];
   return {reinterpret_cast<const uint4*>(codes)[block], byte - 127, byte != 255};
 }
 
-// a CUDA block takes a row; a thread keeps its first block and reads the others, of a long row, again
-__global__ void __launch_bounds__(THREADS) fold_kernel(const uint8_t* __restrict__ codes, const uint8_t* __restrict__ scales, int64_t blocks,
-                                                       float alpha, uint4* __restrict__ fp8, float* __restrict__ row_scales) {
-  __shared__ int tops[THREADS / 32];
-  codes += blockIdx.x * blocks * 16, scales += blockIdx.x * blocks, fp8 += blockIdx.x * blocks * 2;
-  Codes first = {};
-  int top = -112;                                                          // a scale must be a normal number
-  for (int64_t b = threadIdx.x; b < blocks; b += THREADS) {
-    const Codes c = read(codes, scales, b);
-    if (b < THREADS) first = c;
-    if (c.ok && !all_zero(c.q)) top = max(top, c.e);
-  }
-  for (int i = 16; i; i /= 2) top = max(top, __shfl_xor_sync(~0u, top, i));
-  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+// Returns the maximum of e over the CUDA block.
+__device__ int max_over_row_threads(int e, int (&warp_max)[ROW_WARPS]) {
+  for (int i = 16; i; i /= 2)
+    e = max(e, __shfl_xor_sync(~0u, e, i));
+  if (threadIdx.x % 32 == 0)
+    warp_max[threadIdx.x / 32] = e;
   __syncthreads();
-  const int scale = max(max(tops[0], tops[1]), max(tops[2], tops[3])) - E4M3_TOP;
-  for (int64_t b = threadIdx.x; b < blocks; b += THREADS) {
-    const Codes c = b < THREADS ? first : read(codes, scales, b);
-    uint32_t word[8];
-    expand<false>(c.q, c.e - scale, c.ok, word);
-    for (int i = 0; i < 2; i++) fp8[2 * b + i] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
-  }
-  if (threadIdx.x == 0) row_scales[blockIdx.x] = ldexpf(alpha, scale);
+  return max(max(warp_max[0], warp_max[1]), max(warp_max[2], warp_max[3]));
 }
 
-// a CUDA block takes a tile, a thread one of its 512 blocks of 32
+// A CUDA block takes a row. It reads the row twice, first for the largest exponent; a thread keeps
+// its first block in registers, and only reads the others, of a long row, again.
+__global__ void __launch_bounds__(ROW_THREADS) rows_kernel(
+    const uint8_t* __restrict__ codes,          // [M, 16 * blocks]
+    const uint8_t* __restrict__ scales,         // [M, blocks]
+    int64_t blocks,                             // of 32 in a row
+    float alpha,
+    uint4* __restrict__ fp8,                    // [M, 2 * blocks] of 16 bytes
+    float* __restrict__ row_scales) {           // [M]
+  __shared__ int warp_max[ROW_WARPS];
+  codes += blockIdx.x * blocks * 16;
+  scales += blockIdx.x * blocks;
+  fp8 += blockIdx.x * blocks * 2;
+
+  PackedBlock first = {};
+  int largest_e = MIN_EXPONENT;
+  for (int64_t b = threadIdx.x; b < blocks; b += ROW_THREADS) {
+    const PackedBlock block = read_block(codes, scales, b);
+    if (b < ROW_THREADS)
+      first = block;
+    if (block.finite && !all_zero(block.codes))
+      largest_e = max(largest_e, block.e);
+  }
+  const int scale_exponent = max_over_row_threads(largest_e, warp_max) - E4M3_TOP;
+
+  for (int64_t b = threadIdx.x; b < blocks; b += ROW_THREADS) {
+    const PackedBlock block = b < ROW_THREADS ? first : read_block(codes, scales, b);
+    uint32_t words[8];
+    e2m1_to_fp8<false>(block.codes, block.e - scale_exponent, block.finite, words);
+    for (int i = 0; i < 2; i++)
+      fp8[2 * b + i] =
+          make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+  }
+  if (threadIdx.x == 0)
+    row_scales[blockIdx.x] = ldexpf(alpha, scale_exponent);
+}
+
+// A CUDA block takes a tile, and a thread takes one of its 512 blocks of 32.
 template <bool right>
-__global__ void __launch_bounds__(TILE_THREADS) fold_tiles_kernel(const uint8_t* __restrict__ codes, const uint8_t* __restrict__ scales,
-                                                                  int64_t M, int64_t blocks, uint4* values, float* tile_scales) {
-  __shared__ int tops[TILE_THREADS / 32];
-  const int line = threadIdx.x / 4;
-  const int64_t row = int64_t(blockIdx.x) * SIDE + line, at = int64_t(blockIdx.y) * 4 + threadIdx.x % 4;
-  const Codes c = row < M && at < blocks ? read(codes, scales, row * blocks + at) : Codes{{}, 0, true};
-  fold_block<right>(c.q, c.e, c.ok, line, int64_t(blockIdx.x) * gridDim.y + blockIdx.y, values, tile_scales, tops);
+__global__ void __launch_bounds__(TILE_THREADS) tiles_kernel(
+    const uint8_t* __restrict__ codes,          // [M, 16 * blocks]
+    const uint8_t* __restrict__ scales,         // [M, blocks]
+    int64_t M,
+    int64_t blocks,                             // of 32 in a row
+    uint4* values,                              // [ceil(M/128), ceil(K/128), TILE_CHUNKS]
+    float* tile_scales) {                       // left: [.., .., 128], right: [.., .., 4]
+  __shared__ int warp_max[TILE_THREADS / 32];
+  const int tile_row = threadIdx.x / 4;
+  const int64_t row = int64_t(blockIdx.x) * TILE_SIDE + tile_row;
+  const int64_t column = int64_t(blockIdx.y) * 4 + threadIdx.x % 4;         // in blocks
+  const int64_t tile = int64_t(blockIdx.x) * gridDim.y + blockIdx.y;
+  const bool inside = row < M && column < blocks;
+  const PackedBlock zeros = {{}, 0, true};
+  const PackedBlock block = inside ? read_block(codes, scales, row * blocks + column) : zeros;
+  packed_to_fp8_block<right>(
+      block.codes, block.e, block.finite, tile_row, tile, values, tile_scales, warp_max);
 }
 
 }  // namespace
 
-void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha, uint8_t* fp8, float* row_scales, void* stream) {
-  if (M) fold_kernel<<<unsigned(M), THREADS, 0, (cudaStream_t)stream>>>(codes, scales, K / 32, alpha, (uint4*)fp8, row_scales);
+void packed_to_fp8_rows(
+    const uint8_t* codes,           // [M, K/2]
+    const uint8_t* scales,          // [M, K/32]
+    int64_t M,
+    int64_t K,
+    float alpha,
+    uint8_t* fp8,                   // [M, K]
+    float* row_scales,              // [M]
+    void* stream) {
+  if (!M)
+    return;
+  rows_kernel<<<unsigned(M), ROW_THREADS, 0, (cudaStream_t)stream>>>(
+      codes, scales, K / 32, alpha, (uint4*)fp8, row_scales);
 }
 
-void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream) {
-  if (!M || !K) return;
-  const dim3 grid(unsigned(ceil_div(M, SIDE)), unsigned(ceil_div(K, SIDE)));
-  (right ? fold_tiles_kernel<true> : fold_tiles_kernel<false>)<<<grid, TILE_THREADS, 0, (cudaStream_t)stream>>>(
+void packed_to_fp8_tiles(
+    const uint8_t* codes,           // [M, K/2]
+    const uint8_t* scales,          // [M, K/32]
+    int64_t M,
+    int64_t K,
+    bool right,                     // the right operand of a product, or the left one
+    void* values,
+    float* tile_scales,
+    void* stream) {
+  if (!M || !K)
+    return;
+  const dim3 grid(unsigned(ceil_div(M, TILE_SIDE)), unsigned(ceil_div(K, TILE_SIDE)));
+  const auto kernel = right ? tiles_kernel<true> : tiles_kernel<false>;
+  kernel<<<grid, TILE_THREADS, 0, (cudaStream_t)stream>>>(
       codes, scales, M, K / 32, (uint4*)values, tile_scales);
 }

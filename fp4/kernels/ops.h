@@ -1,62 +1,248 @@
 /*
-What bind.cpp calls, once its checks are done: one table of functions for the CPU (cpu.cpp), one for CUDA (quantize.cu).
-Raw pointers, contiguous row-major matrices; K is a multiple of 32, M is any number, Mp is M rounded up to 32.
+The functions behind the operations of torch.ops.fp4. bind.cpp checks the arguments of an
+operation and then calls one of these. The CPU's functions are in cpu.cpp; the GPU's are in the
+.cu files.
+
+MXFP4 in brief. A row of a matrix is cut into blocks of 32 neighbouring values. Each value becomes
+a code of 4 bits in the format E2M1, whose magnitudes are 0, .5, 1, 1.5, 2, 3, 4 and 6, and the 32
+codes of a block share one scale, a power of two whose exponent fills one byte (E8M0):
+
+    value = E2M1(code) * 2^(scale - 127)
+
+A matrix [M, K] packed in this way is codes [M, K/2], two codes to a byte with the even column in
+the low nibble, and scales [M, K/32].
+
+Everything here takes raw pointers to contiguous, row-major matrices and trusts its caller. K is a
+multiple of 32 and M is any number. Mp stands for M rounded up to a multiple of 32: a transposed
+matrix has its blocks along M, so that the missing rows are filled with zeros. `stream` is a
+cudaStream_t, which this header does not name because it must compile without CUDA; the CPU's
+functions ignore it.
 */
 #pragma once
 #include <cstdint>
 #include "mxfp4.cuh"
 
-struct Values { void* data; bool bf16; };                     // float32 or bfloat16
-template <class F> void typed(Values x, F f) { x.bf16 ? f((mxfp4::bfloat16*)x.data) : f((float*)x.data); }
-
-// an operand of a product: packed; packed, the scales in tiles (scale_tiles.cuh); FP8 tiles (tiles.cuh). All but packed on a GPU only
-enum class Format { packed, mxf4, left, right };
-
-enum class Turn { before, after, none };                      // a block: random signs, then the Hadamard; the opposite; neither
-struct Backward {                                             // how the backward quantiser works
-  const int64_t* signs;                                       // low 32 bits; bit i set: negate element i of each block
-  Turn rows, columns;                                         // of x and of x.T
-  bool stochastic;
-  Format format;                                              // of the operands it makes
+// A matrix of values that are not quantised: float32 or bfloat16, whichever the caller has.
+struct FloatMatrix {
+  void* data;
+  bool is_bf16;
 };
 
-struct Ops {
-  void (*quantize_forward)(Values x,                          // [M, K]
-                           int64_t M, int64_t K, bool nearest,
-                           uint8_t* codes,                    // [M, K/2]
-                           uint8_t* scales,                   // [M, K/32]
-                           int32_t* mask,                     // [M, K/32], bit i is element i
-                           void* stream);
-  void (*quantize_backward)(Values x, int64_t M, int64_t K, Backward how, const int64_t* seeds,       // 2 seeds
-                            void* values, void* scales,       // codes [M, K/2] and scales [M, K/32], if packed
-                            void* values_t, void* scales_t,   // codes [K, Mp/2] and scales [K, Mp/32], likewise
-                            void* stream);
-  void (*requantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Backward how, const int64_t* seed,
-                     void* values_t, void* scales_t, void* stream);
-  void (*dequantize)(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream);
-  void (*unrotate)(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream);
+// Calls f with the pointer of x, cast to the type of its values.
+template <class F>
+void with_dtype(FloatMatrix x, F f) {
+  if (x.is_bf16)
+    f((mxfp4::bfloat16*)x.data);
+  else
+    f((float*)x.data);
+}
+
+// How an operand of a matrix product lies in memory. A GPU's product wants its operands in tiles,
+// and the quantisers write them so at once, because rearranging them later would cost another
+// pass.
+enum class OperandFormat {
+  // Codes and scales as described above. This is the only format on a CPU.
+  packed,
+  // The same codes, but the scales lie in the tiles of scale_tiles.cuh, for Blackwell's FP4
+  // units.
+  mxf4,
+  // The FP8 tiles of fp8_tiles.cuh, for Hopper's FP8 units. A product a @ b.T takes a as fp8_left,
+  // where each row of a tile has a scale, and b as fp8_right, where 32 rows share one.
+  fp8_left,
+  fp8_right,
 };
 
-extern const Ops cpu, cuda;
-void scale(const float* c, int64_t n, float alpha, Values out);                     // CPU: out = alpha * c
+// The backward quantiser multiplies each block by random signs and rotates it with a Hadamard
+// matrix, which spreads an outlier over the whole block. The paper's method applies the signs
+// first; the other orders are ablations.
+enum class SignOrder {
+  before,  // random signs, then the Hadamard matrix
+  after,   // the Hadamard matrix, then random signs
+  none,    // neither signs nor rotation
+};
 
-// GPU only: unrotate.cu, quantize.cu, fold.cu, gemm_sm90.cu
-void dequantize_cuda(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, Values x, void* stream);
-void unrotate_cuda(Values d, const int32_t* mask, int64_t M, int64_t K, Values x, void* stream);
-void quantize_forward_operand(Values x, int64_t M, int64_t K, bool nearest, uint8_t* codes, uint8_t* scales, int32_t* mask,
-                              Format format,                  // mxf4: the scales once more, in tiles; or left
-                              void* values, void* tile_scales, void* stream);
-void fold(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,              // [M, K] packed
-          uint8_t* fp8, float* row_scales, void* stream);                                             // [M, K], [M]
-void fold_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right, void* values, float* tile_scales, void* stream);
+// The settings of the backward quantiser, which makes the operands of the two gradient products.
+struct BackwardParams {
+  const int64_t* signs;    // [1], on the device; bit i < 32 negates element i of a block
+  SignOrder row_order;     // for the blocks of x
+  SignOrder column_order;  // for the blocks of x.T
+  bool stochastic;         // round stochastically rather than to nearest
+  OperandFormat format;    // of the operands that are made
+};
+
+// What every device offers: one table for the CPU and one for CUDA, which bind.cpp chooses from.
+struct OpTable {
+  // Rotates x, quantises it with QuEST's scale, and notes which values did not clip.
+  void (*quantize_forward)(
+      FloatMatrix x,    // [M, K]
+      int64_t M,
+      int64_t K,
+      bool nearest,     // round the scale to the nearest power of two rather than down
+      uint8_t* codes,   // [M, K/2]
+      uint8_t* scales,  // [M, K/32]
+      int32_t* mask,    // [M, K/32]; bit i of a word: element i of the block did not clip
+      void* stream);
+
+  // Makes two operands of x, a gradient: one of x itself and one of x.T.
+  void (*quantize_backward)(
+      FloatMatrix x,  // [M, K]
+      int64_t M,
+      int64_t K,
+      BackwardParams params,
+      const int64_t* seeds,  // [2], on the device: for x and for x.T
+      void* values,          // codes [M, K/2] if packed, otherwise what the format says
+      void* scales,          // scales [M, K/32], likewise
+      void* values_t,        // codes [K, Mp/2], likewise
+      void* scales_t,        // scales [K, Mp/32], likewise
+      void* stream);
+
+  // Makes the operand of x.T from a packed x, as the second half of quantize_backward would.
+  void (*requantize_transposed)(
+      const uint8_t* codes,   // [M, K/2]
+      const uint8_t* scales,  // [M, K/32]
+      int64_t M,
+      int64_t K,
+      BackwardParams params,  // row_order is not read
+      const int64_t* seed,    // [1], on the device
+      void* values_t,         // codes [K, Mp/2] if packed
+      void* scales_t,         // scales [K, Mp/32] if packed
+      void* stream);
+
+  // Unpacks a packed matrix.
+  void (*dequantize)(
+      const uint8_t* codes,   // [M, K/2]
+      const uint8_t* scales,  // [M, K/32]
+      int64_t M,
+      int64_t K,
+      FloatMatrix x,  // [M, K]
+      void* stream);
+
+  // Takes a gradient back from the rotated basis: x = (d * mask) @ Hadamard, block by block. The
+  // values that clipped in the forward pass receive no gradient.
+  void (*unrotate)(
+      FloatMatrix d,        // [M, K]
+      const int32_t* mask,  // [M, K/32]
+      int64_t M,
+      int64_t K,
+      FloatMatrix x,  // [M, K]
+      void* stream);
+};
+
+extern const OpTable cpu_ops;
+extern const OpTable cuda_ops;
+
+// ---- CPU only (cpu.cpp)
+
+// out = alpha * c
+void scale_values(
+    const float* c,  // [n]
+    int64_t n,
+    float alpha,
+    FloatMatrix out);  // [n]
+
+// ---- GPU only: the entries of cuda_ops that are in another file than the table (elementwise.cu)
+
+void dequantize_cuda(
+    const uint8_t* codes,   // [M, K/2]
+    const uint8_t* scales,  // [M, K/32]
+    int64_t M,
+    int64_t K,
+    FloatMatrix x,  // [M, K]
+    void* stream);
+
+void unrotate_cuda(
+    FloatMatrix d,        // [M, K]
+    const int32_t* mask,  // [M, K/32]
+    int64_t M,
+    int64_t K,
+    FloatMatrix x,  // [M, K]
+    void* stream);
+
+// ---- GPU only: making operands (quantize.cu, fp8_tiles.cu, scale_tiles.cu)
+
+// Does what quantize_forward does, and also writes what a product needs of its left operand
+// beyond the packed matrix.
+void quantize_forward_operand(
+    FloatMatrix x,  // [M, K]
+    int64_t M,
+    int64_t K,
+    bool nearest,
+    uint8_t* codes,        // [M, K/2]
+    uint8_t* scales,       // [M, K/32]
+    int32_t* mask,         // [M, K/32]
+    OperandFormat format,  // fp8_left or mxf4
+    void* values,          // fp8_left: the FP8 tiles; mxf4: not written, its values are the codes
+    void* tile_scales,     // fp8_left: the tiles' scales; mxf4: `scales` once more, in tiles
+    void* stream);
+
+// Turns a packed matrix into E4M3 with one scale a row, for a library's FP8 product.
+void packed_to_fp8_rows(
+    const uint8_t* codes,   // [M, K/2]
+    const uint8_t* scales,  // [M, K/32]
+    int64_t M,
+    int64_t K,
+    float alpha,        // a factor of the product, which goes into the scales
+    uint8_t* fp8,       // [M, K]
+    float* row_scales,  // [M]
+    void* stream);
+
+// Turns a packed matrix into an operand of gemm_sm90. With m = ceil(M / 128), k = ceil(K / 128):
+void packed_to_fp8_tiles(
+    const uint8_t* codes,   // [M, K/2]
+    const uint8_t* scales,  // [M, K/32]
+    int64_t M,
+    int64_t K,
+    bool right,          // the format is fp8_right rather than fp8_left
+    void* values,        // [m, k, 128 * 128]
+    float* tile_scales,  // [m, k, 128], or [m, k, 4] for a right operand
+    void* stream);
+
+// Rearranges the scales of a packed matrix into the tiles of scale_tiles.cuh.
+void swizzle_scales(
+    const uint8_t* scales,  // [rows, blocks]
+    int64_t rows,
+    int64_t blocks,
+    uint8_t* out,  // scale_tiles_bytes(rows, blocks) bytes
+    void* stream);
+
+// ---- GPU only: the products. Each is compiled only for the GPUs that it is for: see backend.py.
+
+// Into how many parts gemm_sm90 should cut K. More than one keeps the GPU busy when M and N are
+// small.
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K);
-void gemm_sm90(const uint8_t* a, const float* a_scales, const uint8_t* b, const float* b_scales, int64_t M, int64_t N, int64_t K, float alpha,
-               const int32_t* mask,                           // [M, N/32]: un-rotate with it; nullptr: do not
-               float* partial,                                // [splits, M up to a multiple of 16, N] when splits > 1
-               int splits, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
-using Gemm = void(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b, const uint8_t* b_scales, int64_t M, int64_t N, int64_t K,
-                  float alpha, Values out, void* stream);         // out [M, N] = alpha * a @ b.T
-Gemm gemm_plain;                                              // any GPU, packed operands
-Gemm gemm_sm100, gemm_sm120;                                  // Blackwell, scales in the tiles of scale_tiles.cuh, which swizzle.cu makes
-void swizzle_scales(const uint8_t* scales, int64_t rows, int64_t blocks, uint8_t* out, void* stream);
-const char* launch_error();                                   // of the last launch, or nullptr
+
+// out = alpha * a @ b.T on Hopper's FP8 units; if there is a mask, also unrotated with it.
+void gemm_sm90(
+    const uint8_t* a,       // [M, K] in format fp8_left
+    const float* a_scales,
+    const uint8_t* b,       // [N, K] in format fp8_right
+    const float* b_scales,
+    int64_t M,
+    int64_t N,
+    int64_t K,
+    float alpha,
+    const int32_t* mask,  // [M, N/32], or nullptr: the result is not unrotated
+    float* partial,       // [splits, M rounded up to a multiple of 16, N] if splits > 1
+    int splits,
+    FloatMatrix out,  // [M, N]
+    void* stream);
+
+// out = alpha * a @ b.T for operands of which both are packed, or both in format mxf4.
+using Gemm = void(
+    const uint8_t* a,  // [M, K/2]
+    const uint8_t* a_scales,
+    const uint8_t* b,  // [N, K/2]
+    const uint8_t* b_scales,
+    int64_t M,
+    int64_t N,
+    int64_t K,
+    float alpha,
+    FloatMatrix out,  // [M, N]
+    void* stream);
+
+Gemm gemm_fp32;   // for GPUs before Ampere, though it runs on any; packed operands
+Gemm gemm_sm100;  // for data centre Blackwell; operands in format mxf4
+Gemm gemm_sm120;  // for consumer Blackwell; operands in format mxf4
+
+// The error of the last launch in words, or nullptr if there was none.
+const char* launch_error();

@@ -1,19 +1,48 @@
 /*
-Plain scales [rows, blocks], a weight's -> the tiles of scale_tiles.cuh. A thread makes a word: 4 blocks of a row, 0 where there are none.
+Rearranges plain scales, those of a weight, into the tiles of scale_tiles.cuh for Blackwell's
+products.
 */
 #include "scale_tiles.cuh"
 
-__global__ void swizzle_kernel(const uint8_t* scales, int64_t rows, int64_t blocks, int64_t words, uint8_t* out) {
+namespace {
+
+constexpr int THREADS = 256;
+
+// A thread makes one word: the scales of 4 neighbouring blocks of a row. Where the matrix has no
+// such row or block, the scale is 0.
+__global__ void swizzle_kernel(
+    const uint8_t* scales,  // [rows, blocks]
+    int64_t rows,
+    int64_t blocks,
+    int64_t words,   // in all tiles
+    uint8_t* out) {  // [4 * words]
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= words) return;
-  const int64_t groups = mxfp4::ceil_div(blocks, 4), row = i / groups, block = i % groups * 4;
+  if (i >= words)
+    return;
+  const int64_t words_per_row = mxfp4::ceil_div(blocks, 4);
+  const int64_t row = i / words_per_row;
+  const int64_t first_block = i % words_per_row * 4;
   uint32_t word = 0;
-  for (int j = 0; j < 4; j++)
-    if (row < rows && block + j < blocks) word |= uint32_t(scales[row * blocks + block + j]) << 8 * j;
-  *reinterpret_cast<uint32_t*>(out + mxfp4::tiled(row, block, blocks)) = word;
+  for (int j = 0; j < 4; j++) {
+    const int64_t block = first_block + j;
+    if (row < rows && block < blocks)
+      word |= uint32_t(scales[row * blocks + block]) << (8 * j);
+  }
+  const int64_t index = mxfp4::scale_tile_index(row, first_block, blocks);
+  *reinterpret_cast<uint32_t*>(out + index) = word;
 }
 
-void swizzle_scales(const uint8_t* scales, int64_t rows, int64_t blocks, uint8_t* out, void* stream) {
-  const int64_t words = mxfp4::tiled_bytes(rows, blocks) / 4;
-  if (words) swizzle_kernel<<<unsigned(mxfp4::ceil_div(words, 256)), 256, 0, (cudaStream_t)stream>>>(scales, rows, blocks, words, out);
+}  // namespace
+
+void swizzle_scales(
+    const uint8_t* scales,
+    int64_t rows,
+    int64_t blocks,
+    uint8_t* out,
+    void* stream) {
+  const int64_t words = mxfp4::scale_tiles_bytes(rows, blocks) / 4;
+  if (words == 0)
+    return;
+  const unsigned groups = unsigned(mxfp4::ceil_div(words, THREADS));
+  swizzle_kernel<<<groups, THREADS, 0, (cudaStream_t)stream>>>(scales, rows, blocks, words, out);
 }

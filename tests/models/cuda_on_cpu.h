@@ -1,79 +1,237 @@
 /*
-Enough of CUDA to run our kernels on a CPU, slowly: one cluster of blocks after the other, a thread of the system a CUDA thread.
-test_cuda_on_cpu.py puts this before a .cu and turns each launch into a call of launch(). PTX is not known here: of
-#if __CUDA_ARCH__ the plain branch runs.
+Enough of CUDA to run our kernels on a CPU, slowly. test_cuda_on_cpu.py includes this before a .cu
+and turns each kernel launch into a call of launch(). No PTX is known here: where a kernel asks for
+__CUDA_ARCH__, its plain branch runs.
+
+One cluster of blocks runs after another (a cluster is one block, unless sm90_on_cpu.h is in use).
+Its CUDA threads are fibers: each has a stack, and all take turns on one thread of the system. A
+fiber runs until it has to wait for others. The turns go from the first to the last thread, then
+back from the last to the first, so that what lacks a barrier goes wrong in one of the directions.
 */
 #pragma once
+#include <setjmp.h>
+#include <ucontext.h>
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
+
 #define __launch_bounds__(...)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
-#define __shared__ static                                      // of a kernel: one block runs at a time
+
+// Static shared memory belongs to a kernel, because only one block at a time has any.
+#define __shared__ static
+
+// The GPU has few multiprocessors, so that a block takes many tiles.
+constexpr int MULTIPROCESSORS = 4;
+constexpr int SHARED_MEMORY_PER_MULTIPROCESSOR = 1 << 18;
+
+inline int attribute_value(cudaDeviceAttr attribute) {
+  if (attribute == cudaDevAttrMultiProcessorCount)
+    return MULTIPROCESSORS;
+  return SHARED_MEMORY_PER_MULTIPROCESSOR;
+}
+
 #define cudaFuncSetAttribute(...)
 #define cudaGetLastError() cudaSuccess
 #define cudaGetDevice(device) (*(device) = 0)
-#define cudaDeviceGetAttribute(value, which, device) (*(value) = (which) == cudaDevAttrMultiProcessorCount ? 4 : 1 << 18)     // few, so that a block takes many tiles
+#define cudaDeviceGetAttribute(value, attribute, device) (*(value) = attribute_value(attribute))
 #define cudaGetErrorString(error) "no error"
 
-using std::max, std::min;
-struct Index { unsigned x, y, z; };
+using std::max;
+using std::min;
+
+// ---- fibers
+
+constexpr int MAX_BLOCKS = 2;               // of a cluster
+constexpr int MAX_THREADS = 1024;           // of a block
+constexpr int STACK_BYTES = 1 << 16;
+
+struct Index {
+  unsigned x = 0;
+  unsigned y = 0;
+  unsigned z = 0;
+};
+
+struct Fiber {
+  std::unique_ptr<uint8_t[]> stack;
+  ucontext_t entry;                         // where it begins
+  jmp_buf state;                            // where it goes on, once it has begun
+  bool has_begun = false;
+  bool is_done = false;
+  int rank;                                 // of its block in the cluster
+  Index thread;
+  Index block;
+};
+
+// What a kernel sees, of the fiber whose turn it is.
 inline Index gridDim;
-inline thread_local Index threadIdx, blockIdx;
-inline thread_local int in_cluster;                            // which of its blocks
-inline thread_local uint8_t* dynamic_shared;
+inline Index blockIdx;
+inline Index threadIdx;
+inline int block_rank;
+inline uint8_t* dynamic_shared;
+
+inline Fiber fibers[MAX_BLOCKS * MAX_THREADS];
+inline Fiber* current;
+inline jmp_buf scheduler;
+inline std::function<void()> kernel_call;
 inline int cluster_size = 1;
-inline uint8_t* shared_of[2];
-inline std::unique_ptr<std::barrier<>> all_blocks, blocks[2], warps[64];
-inline uint32_t slots[2048];
+inline uint8_t* shared_of[MAX_BLOCKS];      // the dynamic shared memory of each block
+
+// Lets the others run. It must not be inlined, because setjmp returns twice.
+__attribute__((noinline)) inline void yield() {
+  if (_setjmp(current->state) == 0)
+    _longjmp(scheduler, 1);
+}
+
+// ---- barriers
+
+struct Barrier {
+  int size = 0;
+  int waiting = 0;
+  unsigned phase = 0;
+
+  void release_if_complete() {
+    if (waiting == size) {
+      waiting = 0;
+      phase++;
+    }
+  }
+  void arrive_and_wait() {
+    const unsigned my_phase = phase;
+    waiting++;
+    release_if_complete();
+    while (phase == my_phase)
+      yield();
+  }
+  void drop() {
+    size--;
+    if (size > 0)
+      release_if_complete();
+  }
+};
+
+inline Barrier cluster_barrier;
+inline Barrier block_barriers[MAX_BLOCKS];
+inline Barrier warp_barriers[MAX_BLOCKS * MAX_THREADS / 32];
+
+inline int thread_number() { return MAX_THREADS * block_rank + int(threadIdx.x); }
+inline void __syncthreads() { block_barriers[block_rank].arrive_and_wait(); }
+inline void __syncwarp() { warp_barriers[thread_number() / 32].arrive_and_wait(); }
+
+// ---- launches
+
+inline void fiber_main() {
+  for (;;) {
+    kernel_call();
+    block_barriers[block_rank].drop();
+    current->is_done = true;
+    yield();
+  }
+}
+
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.thread;
+  blockIdx = fiber.block;
+  block_rank = fiber.rank;
+  dynamic_shared = shared_of[fiber.rank];
+  if (_setjmp(scheduler) != 0)
+    return;                                 // The fiber has yielded.
+  if (fiber.has_begun)
+    _longjmp(fiber.state, 1);
+  fiber.has_begun = true;
+  fiber.stack = std::make_unique_for_overwrite<uint8_t[]>(STACK_BYTES);
+  getcontext(&fiber.entry);
+  fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+  fiber.entry.uc_stack.ss_size = STACK_BYTES;
+  makecontext(&fiber.entry, fiber_main, 0);
+  setcontext(&fiber.entry);
+}
+
+// Runs the blocks of a cluster, of which the first is block (x, y).
+inline void run_cluster(unsigned x, unsigned y, int threads) {
+  std::vector<Fiber*> running;
+  cluster_barrier.size = cluster_size * threads;
+  for (int rank = 0; rank < cluster_size; rank++) {
+    block_barriers[rank].size = threads;
+    for (int t = 0; t < threads; t++) {
+      Fiber& fiber = fibers[MAX_THREADS * rank + t];
+      fiber.is_done = false;
+      fiber.rank = rank;
+      fiber.thread.x = t;
+      fiber.block.x = x + rank;
+      fiber.block.y = y;
+      running.push_back(&fiber);
+      warp_barriers[(MAX_THREADS * rank + t) / 32].size = 32;
+    }
+  }
+  while (!running.empty()) {
+    for (Fiber* fiber : running)
+      resume(*fiber);
+    std::erase_if(running, [](Fiber* fiber) { return fiber->is_done; });
+    std::reverse(running.begin(), running.end());
+  }
+}
+
+template <class Kernel>
+void launch(dim3 grid, int threads, int shared_bytes, cudaStream_t, Kernel kernel) {
+  const int stride = (shared_bytes + 1023) / 1024 * 1024;
+  std::vector<uint8_t> memory(cluster_size * stride + 1024);
+  uint8_t* aligned = memory.data() + -uintptr_t(memory.data()) % 1024;
+  for (int rank = 0; rank < cluster_size; rank++)
+    shared_of[rank] = aligned + rank * stride;
+  kernel_call = kernel;
+  gridDim.x = grid.x;
+  gridDim.y = grid.y;
+  for (unsigned y = 0; y < grid.y; y++) {
+    for (unsigned x = 0; x < grid.x; x += cluster_size)
+      run_cluster(x, y, threads);
+  }
+}
+
+// ---- functions of CUDA
 
 inline size_t __cvta_generic_to_shared(const void* p) { return (const uint8_t*)p - dynamic_shared; }
 inline void* __cvta_shared_to_generic(size_t address) { return dynamic_shared + address; }
-inline int me() { return 1024 * in_cluster + threadIdx.x; }
-inline void __syncthreads() { blocks[in_cluster]->arrive_and_wait(); }
-inline void __syncwarp() { warps[me() / 32]->arrive_and_wait(); }
-template <class T> T __shfl_xor_sync(unsigned, T x, int i) {
-  memcpy(&slots[me()], &x, 4), __syncwarp();
-  memcpy(&x, &slots[me() ^ i], 4), __syncwarp();
+
+inline uint32_t shuffle_slots[MAX_BLOCKS * MAX_THREADS];
+
+// Every thread of a warp hands in x and gets that of the thread with this number.
+template <class T> T shuffle(T x, int from) {
+  static_assert(sizeof(T) == 4);
+  memcpy(&shuffle_slots[thread_number()], &x, 4);
+  __syncwarp();
+  memcpy(&x, &shuffle_slots[from], 4);
+  __syncwarp();
   return x;
+}
+template <class T> T __shfl_xor_sync(unsigned, T x, int i) {
+  return shuffle(x, thread_number() ^ i);
 }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
   for (int i = 0; i < 4; i++) {
-    const int selector = selectors >> 4 * i & 15, byte = int(bytes >> 8 * (selector & 7)) & 255;
-    result |= uint32_t(selector & 8 ? byte >> 7 ? 255 : 0 : byte) << 8 * i;
+    const int selector = selectors >> (4 * i) & 15;
+    uint32_t byte = bytes >> (8 * (selector & 7)) & 255;
+    if (selector & 8)
+      byte = byte >> 7 ? 255 : 0;
+    result |= byte << (8 * i);
   }
   return result;
 }
-inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) { return n &= 31, n ? high << n | low >> (32 - n) : high; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
-template <class Kernel> void launch(dim3 grid, int threads, int shared, cudaStream_t, Kernel kernel) {
-  std::vector<uint8_t> memory(cluster_size * (shared + 1024) + 1024);
-  for (int rank = 0; rank < cluster_size; rank++) shared_of[rank] = memory.data() + -uintptr_t(memory.data()) % 1024 + rank * (shared + 1023) / 1024 * 1024;
-  gridDim = {grid.x, grid.y, 1};
-  for (unsigned y = 0; y < grid.y; y++)
-    for (unsigned x = 0; x < grid.x; x += cluster_size) {
-      all_blocks = std::make_unique<std::barrier<>>(cluster_size * threads);
-      std::vector<std::jthread> all;
-      for (int rank = 0; rank < cluster_size; rank++) {
-        blocks[rank] = std::make_unique<std::barrier<>>(threads);
-        for (int w = 0; w < threads / 32; w++) warps[32 * rank + w] = std::make_unique<std::barrier<>>(32);
-      }
-      for (int rank = 0; rank < cluster_size; rank++)
-        for (int t = 0; t < threads; t++) all.emplace_back([=] {
-          threadIdx = {unsigned(t), 0, 0}, blockIdx = {x + rank, y, 0}, in_cluster = rank, dynamic_shared = shared_of[rank];
-          kernel(), blocks[rank]->arrive_and_drop();
-        });
-    }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
+  n &= 31;
+  return n ? high << n | low >> (32 - n) : high;
 }
+
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
