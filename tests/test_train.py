@@ -1,68 +1,96 @@
 """Facts about the trainer, from the command line to the files it leaves."""
-import ast, dataclasses, os, shutil, subprocess, sys
-import numpy as np, pytest, torch
-import fp4, quartet
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fp4
+import quartet
 from data import prepare, tokens
-from model import Llama
+from model import PRESETS, Llama, ModelConfig, count_params
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BRIEF = ("--sample_tokens", 5)
+# On a GPU the default is a larger model, compiled, which would take most of a test's time.
+# A run is evaluated at its end only, unless a test says otherwise.
+SMALL = ("--size", "tiny", "--batch", 4, "--seq", 32, "--no_compile", "--eval_every", 1000)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     "a small text, so that a run takes seconds"
     folder = tmp_path_factory.mktemp("corpus")
-    text = "".join(f"def f{i}(x, y):\n    return x + {i} * y\n\n" for i in range(1500))
-    (folder / "text.py").write_text(text)
+    functions = [f"def f{i}(x, y):\n    return x + {i} * y\n\n" for i in range(1500)]
+    (folder / "text.py").write_text("".join(functions))
     return prepare.prepare(str(folder / "text.py"), 320, out=str(folder / "corpus"))
 
 
 @pytest.fixture
 def run(corpus, tmp_path, capsys):
     "run('--steps', 3) -> exit code, last line on stderr, what was printed"
-    def run(*args, **kw):
+    def run(*args):
         capsys.readouterr()
-        code = quartet.cli([str(a) for a in ("--data", corpus, "--out", tmp_path, "--batch", 4, "--seq", 32, *args)])
-        said = capsys.readouterr()
-        return code, (said.err.strip().splitlines() or [""])[-1], said.out
+        first = ("--data", corpus, "--out", tmp_path, *SMALL)
+        code = quartet.run_cli([str(arg) for arg in (*first, *args)])
+        printed = capsys.readouterr()
+        last_line = (printed.err.strip().splitlines() or [""])[-1]
+        return code, last_line, printed.out
     return run
 
 
 def log(folder):
     "the columns of the log that do not measure time"
-    return [line.split(",")[:5] for line in open(folder / "log.csv") if line[0] not in "#s"]
+    with open(folder / "log.csv") as file:
+        return [line.split(",")[:5] for line in file if line[0] not in "#s"]
 
 
-def state(folder): return torch.load(folder / "ckpt.pt", weights_only=True)
+def state(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)
 
 
 def equal(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
     return a == b
 
 
 # ---- the model
 
-PAPER = {"30M": 30_482_560, "50M": 49_556_736, "100M": 102_777_856, "200M": 203_188_480, "430M": 443_068_288,
-         "800M": 822_151_168, "1600M": 1_586_076_160, "3200M": 3_171_068_928, "7B": 6_476_271_616}
+PAPER = {
+    "30M": 30_482_560, "50M": 49_556_736, "100M": 102_777_856, "200M": 203_188_480,
+    "430M": 443_068_288, "800M": 822_151_168, "1600M": 1_586_076_160, "3200M": 3_171_068_928,
+    "7B": 6_476_271_616,
+}
 
 
 @pytest.mark.parametrize("size", PAPER)
 def test_each_size_has_the_papers_number_of_parameters(size):
-    layers, C, H, _ = quartet.SIZES[size]
+    config = PRESETS[size].model_config(32000, 512)
     with torch.device("meta"):
-        assert Llama(layers, C, H, 32000, 512, "bf16", torch.bfloat16).params() == PAPER[size]
+        model = Llama(config, fp4.RECIPES["bf16"], torch.bfloat16)
+    in_blocks = sum(p.numel() for p in model.parameters())
+    in_blocks -= model.embed.weight.numel() + model.head.weight.numel()
+    assert in_blocks == config.n_params == PAPER[size]
+    assert count_params(config.n_layer, config.n_embd) == PAPER[size]
 
 
 def test_the_model_is_causal_and_its_loss_ignores_targets_of_minus_one():
     torch.manual_seed(0)
-    model = Llama(2, 64, 2, 128, 32, "fp4", torch.float32)
+    config = ModelConfig(n_layer=2, n_embd=64, n_head=2, vocab_size=128, block_size=32)
+    model = Llama(config, fp4.RECIPES["fp4"], torch.float32)
     x = torch.randint(128, (2, 32))
     changed = x.clone()
     changed[:, 20] = (x[:, 20] + 1) % 128
-    a, b = model(x), model(changed)
+    a = model(x)
+    b = model(changed)
     assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20:], b[:, 20:])
     y = torch.full_like(x, -1)
     y[0, 3] = 7
@@ -73,123 +101,170 @@ def test_rotary_embedding_depends_on_the_distance_only():
     from model import rope, rope_table
     q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
     cos, sin = rope_table(50, 64)
-    score = lambda i, j: (rope(q, cos[i:i + 1], sin[i:i + 1]) * rope(k, cos[j:j + 1], sin[j:j + 1])).sum()
-    assert torch.allclose(score(7, 3), score(45, 41), atol=1e-4) and not torch.allclose(score(7, 3), score(7, 4), atol=1e-4)
+
+    def score(i, j):
+        turned_q = rope(q, cos[i:i + 1], sin[i:i + 1])
+        turned_k = rope(k, cos[j:j + 1], sin[j:j + 1])
+        return (turned_q * turned_k).sum()
+
+    assert torch.allclose(score(7, 3), score(45, 41), atol=1e-4)
+    assert not torch.allclose(score(7, 3), score(7, 4), atol=1e-4)
 
 
 def test_the_schedule_is_the_papers():
     lr = [quartet.lr_at(s, 1000, 1.0) for s in range(1000)]
     assert lr[0] == pytest.approx(.01) and max(lr) == lr[100] == 1 and lr[-1] == pytest.approx(.1)
     assert np.all(np.diff(lr[:101]) > 0) and np.all(np.diff(lr[100:]) < 0)
-    assert lr[50] == pytest.approx((1 + .01) / 2) and all(np.isfinite(quartet.lr_at(s, n, 1.)) for n in (1, 2, 9, 10, 11) for s in range(n))
+    assert lr[50] == pytest.approx((1 + .01) / 2)
+    short = [quartet.lr_at(s, n, 1.) for n in (1, 2, 9, 10, 11) for s in range(n)]
+    assert all(np.isfinite(short))
 
 
 # ---- runs
 
 @pytest.mark.parametrize("precision", fp4.RECIPES)
 def test_the_loss_falls_in_every_precision(run, tmp_path, precision):
-    assert run("--precision", precision, "--steps", 30, "--name", "r", "--sample_tokens", 5)[0] == 0
+    assert run("--precision", precision, "--steps", 30, "--name", "r", *BRIEF)[0] == 0
     rows = log(tmp_path / "r")
     assert float(rows[0][1]) >= 5.5 and float(rows[-1][2]) <= 3.5
     assert {"log.csv", "curve.svg", "ckpt.pt"} == set(os.listdir(tmp_path / "r"))
 
 
 def test_the_log_says_what_made_it(run, tmp_path):
-    run("--steps", 2, "--name", "r", "--sample_tokens", 5)
+    run("--steps", 2, "--name", "r", *BRIEF)
     lines = open(tmp_path / "r" / "log.csv").read().splitlines()
-    assert [l.split()[1] for l in lines[:4]] == ["commit", "config", "device", "fp4"] and '"precision": "fp4"' in lines[1]
-    assert lines[4] == "step,loss,val,lr,norm,ms,tokens_per_s,mfu" and lines[5].endswith("n/a")
+    assert [line.split()[1] for line in lines[:4]] == ["commit", "config", "device", "fp4"]
+    assert '"precision": "fp4"' in lines[1]
+    assert lines[4] == "step,loss,val,lr,norm,ms,tokens_per_s,mfu"
+    assert lines[5].endswith("%" if "H100" in lines[2] else "n/a")
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another(run, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)): run("--steps", 6, "--name", name, "--seed", seed, "--sample_tokens", 5)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("--steps", 6, "--name", name, "--seed", seed, *BRIEF)
     assert log(tmp_path / "a") == log(tmp_path / "b") != log(tmp_path / "c")
 
 
 def test_microbatches_change_nothing_but_the_order_of_sums(run, tmp_path):
-    for micro in (4, 1): run("--precision", "bf16", "--steps", 4, "--name", micro, "--micro", micro, "--sample_tokens", 5)
-    for a, b in zip(log(tmp_path / "4"), log(tmp_path / "1")): assert abs(float(a[1]) - float(b[1])) <= 1e-3
+    for micro in (4, 1):
+        run("--precision", "bf16", "--dtype", "float32", "--steps", 4, "--name", micro,
+            "--micro", micro, *BRIEF)
+    for a, b in zip(log(tmp_path / "4"), log(tmp_path / "1")):
+        assert abs(float(a[1]) - float(b[1])) <= 1e-3
 
 
-def test_a_comma_list_trains_each_from_the_same_weights_on_the_same_batches_and_ends_with_a_table(run, tmp_path):
-    code, _, out = run("--precision", "bf16,fp4,fp4-sr", "--steps", 4, "--sample_tokens", 5)
+def test_a_comma_list_trains_each_on_the_same_batches_and_ends_with_a_table(run, tmp_path):
+    code, _, out = run("--precision", "bf16,fp4,fp4-sr", "--steps", 4, *BRIEF)
     assert code == 0 and "gap" in out and (tmp_path / "tiny-bf16-fp4-fp4-sr.svg").exists()
     first = [float(log(tmp_path / f"tiny-{p}")[0][1]) for p in ("bf16", "fp4", "fp4-sr")]
-    assert first[1] == first[2] and 0 < abs(first[0] - first[1]) < .02                          # the same but for quantisation
-    run("--precision", "fp4", "--steps", 4, "--name", "alone", "--sample_tokens", 5)
+    # Their weights are the same, so that only quantisation tells the first losses apart.
+    assert first[1] == first[2] and 0 < abs(first[0] - first[1]) < .02
+    run("--precision", "fp4", "--steps", 4, "--name", "alone", *BRIEF)
     assert log(tmp_path / "alone") == log(tmp_path / "tiny-fp4")
 
 
 def test_an_axis_changes_the_row_and_names_the_run(run, tmp_path):
-    assert run("--steps", 2, "--scale", "floor,nearest", "--sample_tokens", 5)[0] == 0
+    assert run("--steps", 2, "--scale", "floor,nearest", *BRIEF)[0] == 0
     assert log(tmp_path / "tiny-fp4-floor") != log(tmp_path / "tiny-fp4-nearest")
 
 
 def test_a_compiled_run_learns_the_same(run, tmp_path):
-    for name, flag in (("eager", []), ("compiled", ["--compile"])): run("--steps", 4, "--name", name, "--sample_tokens", 5, *flag)
-    for a, b in zip(log(tmp_path / "eager"), log(tmp_path / "compiled"), strict=True): assert abs(float(a[1]) - float(b[1])) <= 1e-2
+    for name, flag in (("eager", "--no_compile"), ("compiled", "--compile")):
+        run("--steps", 4, "--name", name, "--dtype", "float32", *BRIEF, flag)
+    for a, b in zip(log(tmp_path / "eager"), log(tmp_path / "compiled"), strict=True):
+        assert abs(float(a[1]) - float(b[1])) <= 1e-2
+
+
+def test_a_gpu_compiles_by_default_and_a_cpu_does_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not quartet.resolve(quartet.parse([])).compile
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert quartet.resolve(quartet.parse([])).compile
+    assert not quartet.resolve(quartet.parse(["--no_compile"])).compile
+    assert quartet.resolve(quartet.parse(["--compile", "--device", "cpu"])).compile
 
 
 def test_an_earlier_run_of_the_same_name_is_set_aside(run, tmp_path):
-    for _ in range(2): code, _, out = run("--steps", 2, "--name", "r", "--sample_tokens", 5)
-    assert code == 0 and "existed and is now" in out and log(tmp_path / "r") == log(tmp_path / "r.1")
+    for _ in range(2):
+        code, _, out = run("--steps", 2, "--name", "r", *BRIEF)
+    assert code == 0 and "existed and is now" in out
+    assert log(tmp_path / "r") == log(tmp_path / "r.1")
 
 
 def test_a_sample_comes_from_the_checkpoint_and_repeats(run):
-    run("--steps", 30, "--name", "r", "--sample_tokens", 5)
+    run("--steps", 30, "--name", "r", *BRIEF)
     a, b = (run("--name", "r", "--sample", "def f", "--sample_tokens", 20)[2] for _ in range(2))
     assert a == b and a.startswith("def f") and len(a) > 20
+
+
+def test_output_to_a_pipe_has_a_line_a_step_and_no_progress_bar(corpus, tmp_path):
+    command = [sys.executable, "quartet.py", "--data", corpus, "--out", tmp_path, *SMALL,
+               "--steps", 3, "--eval_every", 3, *BRIEF]
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == [
+        "1/3", "2/3", "3/3"]
+    assert "it/s" not in done.stderr + done.stdout and "\r" not in done.stderr + done.stdout
 
 
 # ---- stop and resume
 
 KILL = """
 import os, signal, sys, torch, quartet
-save, n = torch.save, [0]
+save = torch.save
+saved = []
 def killed(state, file):
-    n[0] += 1
-    if n[0] == 2:                                               # in the middle of the second checkpoint
-        file.write(b"half"); file.flush()
+    saved.append(state)
+    if len(saved) == 2:                     # in the middle of the second checkpoint
+        file.write(b"half")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     save(state, file)
 torch.save = killed
-quartet.cli(sys.argv[1:])
+quartet.run_cli(sys.argv[1:])
 """
 
 
-def test_stop_and_resume_equals_not_stopping_bit_for_bit_after_a_kill_in_the_middle_of_a_checkpoint(run, tmp_path, corpus):
-    args = ["--precision", "fp4-sr", "--steps", 9, "--eval_every", 3, "--sample_tokens", 5]
+def test_a_run_killed_in_a_checkpoint_and_resumed_is_bit_for_bit_the_same(run, tmp_path, corpus):
+    args = ["--precision", "fp4-sr", "--steps", 9, "--eval_every", 3, *BRIEF]
     assert run(*args, "--name", "whole")[0] == 0
-    command = [sys.executable, "-c", KILL, "--data", corpus, "--out", tmp_path, "--batch", 4, "--seq", 32, *args, "--name", "killed"]
-    assert subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True).returncode == -9
+    command = [sys.executable, "-c", KILL, "--data", corpus, "--out", tmp_path, *SMALL, *args,
+               "--name", "killed"]
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True)
+    assert done.returncode == -9
     assert len(state(tmp_path / "killed")["history"]) == 3 and len(log(tmp_path / "killed")) == 6
     assert run(*args, "--name", "killed", "--resume")[0] == 0
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
-    a, b = state(tmp_path / "killed"), state(tmp_path / "whole")
-    for key in ("model", "optimizer", "rng"): assert equal(a[key], b[key]), key
+    a = state(tmp_path / "killed")
+    b = state(tmp_path / "whole")
+    for key in ("model", "optimizer", "rng"):
+        assert equal(a[key], b[key]), key
     assert [row[:5] for row in a["history"]] == [row[:5] for row in b["history"]]
     assert not (tmp_path / "killed" / "ckpt.pt.tmp").exists()
 
 
 def test_resuming_with_other_settings_says_so_and_with_another_model_stops(run, tmp_path):
-    run("--steps", 4, "--name", "r", "--sample_tokens", 5)
+    run("--steps", 4, "--name", "r", *BRIEF)
     before = open(tmp_path / "r" / "ckpt.pt", "rb").read()
     code, sentence, _ = run("--steps", 4, "--name", "r", "--resume", "--size", "30M")
     assert code == 2 and "is of another model (size tiny -> 30M" in sentence
     assert open(tmp_path / "r" / "ckpt.pt", "rb").read() == before
-    code, _, out = run("--steps", 6, "--name", "r", "--resume", "--sample_tokens", 5)
-    assert code == 0 and "resuming with other settings: steps 4 -> 6" in out and len(log(tmp_path / "r")) == 6
+    code, _, out = run("--steps", 6, "--name", "r", "--resume", *BRIEF)
+    assert code == 0 and "resuming with other settings: steps 4 -> 6" in out
+    assert len(log(tmp_path / "r")) == 6
 
 
 # ---- bad input: one sentence, exit code 2, nothing half-written
 
 @pytest.mark.parametrize("args, words", [
-    (["--precison", "fp4"], "unrecognized arguments: --precison fp4 (did you mean --precision?)"),
+    (["--precison", "fp4"],
+     "unrecognized arguments: --precison fp4 (did you mean --precision?)"),
     (["--precision", "fp5"], "precision 'fp5' is not one of bf16, fp4"),
     (["--precision", "bf16,fp5"], "'fp5'"),
     (["--scale", "ceil"], "scale 'ceil' is not one of floor, nearest"),
     (["--size", "31M"], "size '31M' is not one of tiny, 3M"),
     (["--steps", "1.5"], "--steps"),
+    (["--steps", "inf"], "--steps"),
     (["--steps", "-3"], "steps must be a number and not negative"),
     (["--lr", "nan"], "lr must be a number and not negative"),
     (["--steps", "3", "--tokens", "1e6"], "give only one of steps and tokens"),
@@ -203,7 +278,9 @@ def test_resuming_with_other_settings_says_so_and_with_another_model_stops(run, 
     (["--sample", "x", "--name", "none"], "there is no checkpoint"),
 ])
 def test_a_bad_setting_is_one_sentence_and_writes_nothing(run, tmp_path, args, words):
-    code, sentence, _ = run(*([] if "--steps" in args or "--tokens" in args else ["--steps", 2]), *args)
+    has_length = "--steps" in args or "--tokens" in args
+    length = [] if has_length else ["--steps", 2]
+    code, sentence, _ = run(*length, *args)
     assert code == 2 and words in sentence and sentence.startswith("quartet: ")
     assert os.listdir(tmp_path) == []
 
@@ -216,24 +293,29 @@ def test_asking_for_a_gpu_where_there_is_none_is_said(run):
 def test_damaged_token_files_and_tokens_outside_the_vocabulary_stop_the_run(run, tmp_path, corpus):
     bad = tmp_path / "bad"
     shutil.copytree(corpus, bad)
-    with open(bad / "train.bin", "r+b") as f: f.truncate(2000)
+    with open(bad / "train.bin", "r+b") as file:
+        file.truncate(2000)
     code, sentence, _ = run("--data", bad, "--steps", 2)
     assert code == 2 and "train.bin is truncated" in sentence
-    with tokens.TokenWriter(str(bad / "train.bin"), 4096) as w: w.append(np.full(5000, 4000))
+    with tokens.TokenWriter(str(bad / "train.bin"), 4096) as writer:
+        writer.append(np.full(5000, 4000))
     code, sentence, _ = run("--data", bad, "--steps", 2, "--name", "r")
     assert code == 2 and "token 4000 at position" in sentence
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_and_kept(run, tmp_path):
-    (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "ckpt.pt").write_bytes(b"hello")
-    assert run("--resume", "--name", "r", "--steps", 2)[:2] == (2, f"quartet: {tmp_path}/r/ckpt.pt is not a checkpoint of quartet.py (KeyError)")
-    torch.save({"weights": 1}, tmp_path / "r" / "ckpt.pt")
+    path = tmp_path / "r" / "ckpt.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"hello")
+    refusal = f"quartet: {path} is not a checkpoint of quartet.py (KeyError)"
+    assert run("--resume", "--name", "r", "--steps", 2)[:2] == (2, refusal)
+    torch.save({"weights": 1}, path)
     assert "is of another version" in run("--resume", "--name", "r", "--steps", 2)[1]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_step_loss_rate_and_checkpoint(run, tmp_path):
-    code, sentence, _ = run("--precision", "bf16", "--lr", "1e20", "--steps", 40, "--eval_every", 1, "--name", "r", "--clip", "1e30")
+def test_a_loss_that_is_not_finite_stops_with_step_loss_rate_and_checkpoint(run, tmp_path):
+    code, sentence, _ = run("--precision", "bf16", "--lr", "1e20", "--steps", 40,
+                            "--eval_every", 1, "--name", "r", "--clip", "1e30")
     assert code == 2 and "loss nan" in sentence and "at step" in sentence and "lr " in sentence
     assert f"the last good checkpoint is {tmp_path}/r/ckpt.pt" in sentence
     assert all(p.isfinite().all() for p in state(tmp_path / "r")["model"].values())
@@ -241,70 +323,130 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_loss_rate_and_checkpo
 
 def mounted(folder, options):
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode: pytest.skip("mounting is not permitted here")
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
     return folder
 
 
 def test_a_full_disk_is_said_and_keeps_the_last_checkpoint(run, tmp_path):
-    disk = mounted(tmp_path / "disk", "size=30m")               # a checkpoint has 13 MB, and the old one stays while the new one is written
+    # A checkpoint has 13 MB, and the old one stays while the new one is written.
+    disk = mounted(tmp_path / "disk", "size=30m")
+    path = disk / "r" / "ckpt.pt"
     try:
-        assert run("--steps", 2, "--out", disk, "--name", "r", "--sample_tokens", 5)[0] == 0
-        before = open(disk / "r" / "ckpt.pt", "rb").read()
-        with open(disk / "ballast", "wb") as f: f.write(bytes(8 << 20))
+        assert run("--steps", 2, "--out", disk, "--name", "r", *BRIEF)[0] == 0
+        before = open(path, "rb").read()
+        with open(disk / "ballast", "wb") as file:
+            file.write(bytes(8 << 20))
         code, sentence, _ = run("--steps", 4, "--out", disk, "--name", "r", "--resume")
         assert code == 2 and "cannot write" in sentence and "ckpt.pt" in sentence
-        assert open(disk / "r" / "ckpt.pt", "rb").read() == before and not (disk / "r" / "ckpt.pt.tmp").exists()
-    finally: subprocess.run(["umount", str(disk)], check=True)
+        assert open(path, "rb").read() == before
+        assert not (disk / "r" / "ckpt.pt.tmp").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_said(run, tmp_path):
     (tmp_path / "file").write_text("")
-    assert run("--steps", 2, "--out", tmp_path / "file")[:2] == (2, f"quartet: cannot write {tmp_path}/file/tiny-fp4/log.csv: Not a directory; what was there before is kept")
+    refusal = (f"quartet: cannot write {tmp_path}/file/tiny-fp4/log.csv: Not a directory; "
+               "what was there before is kept")
+    assert run("--steps", 2, "--out", tmp_path / "file")[:2] == (2, refusal)
     disk = mounted(tmp_path / "ro", "size=1m,ro")
-    try: assert "Read-only file system" in run("--steps", 2, "--out", disk)[1]
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    try:
+        assert "Read-only file system" in run("--steps", 2, "--out", disk)[1]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- the command as it is typed
+
+def shell(*command, cwd=ROOT, **kw):
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, **kw)
 
 
 def test_the_exit_code_reaches_the_shell():
-    done = subprocess.run([sys.executable, "quartet.py", "--size", "huge"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "quartet: size 'huge' is not one of " + ", ".join(quartet.SIZES) + "\n"
+    done = shell(sys.executable, "quartet.py", "--size", "huge")
+    sentence = "quartet: size 'huge' is not one of " + ", ".join(PRESETS) + "\n"
+    assert done.returncode == 2 and done.stderr == sentence
 
 
-def test_help_lists_every_setting_with_its_meaning():
-    out = subprocess.run([sys.executable, "quartet.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for f in dataclasses.fields(quartet.Config): assert f"--{f.name} " in out
-    assert "largest norm of the gradient" in out
+def test_help_lists_every_setting_with_its_meaning_and_imports_no_torch():
+    code = ("import runpy, sys\n"
+            "sys.argv = ['quartet.py', '--help']\n"
+            "try:\n    runpy.run_path('quartet.py', run_name='__main__')\n"
+            "finally:\n    assert not {'torch', 'numpy', 'tiktoken'} & sys.modules.keys()\n")
+    done = shell(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    for name in vars(quartet.parse([])):
+        assert f"--{name} " in done.stdout
+    assert "largest norm of the gradient" in done.stdout
+
+
+def test_the_flags_of_the_axes_are_those_of_the_recipes():
+    settings = vars(quartet.parse([]))
+    assert list(settings)[-len(fp4.AXES):] == list(fp4.AXES)
+    changed = quartet.parse(["--scale", "nearest", "--rotation=32:none:32", "--no_compile"])
+    assert quartet.parse(quartet.cli.to_flags(changed)) == changed
+
+
+@pytest.fixture
+def bare_python(tmp_path):
+    "the interpreter of these tests, but without any package"
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys._base_executable} -I -S "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "a copy of the sources without a .venv"
+    copy = tmp_path / "tree"
+    skipped = shutil.ignore_patterns("build", "__pycache__", "*.csv", "*.svg")
+    for name in ("fp4", "data", "tools"):
+        shutil.copytree(os.path.join(ROOT, name), copy / name, ignore=skipped)
+    for name in ("quartet.py", "model.py"):
+        shutil.copy(os.path.join(ROOT, name), copy)
+    return copy
+
+
+def start_in(tree, python, *args):
+    # -I leaves out the folder of the script as well, so that it is put back here.
+    code = f"import runpy, sys; sys.path.insert(0, {str(tree)!r}); sys.argv[0] = 'quartet.py'; " \
+           "runpy.run_path('quartet.py', run_name='__main__')"
+    return shell(python, "-c", code, *args, cwd=tree)
+
+
+def test_where_torch_is_missing_one_sentence_says_what_to_do_and_help_works(tree, bare_python):
+    done = start_in(tree, bare_python, "--precision", "fp4")
+    assert done.returncode == 2 and "make kernels" in done.stderr, done.stderr
+    assert done.stderr.startswith("quartet: ") and done.stderr.count("\n") == 1
+    done = start_in(tree, bare_python, "--help")
+    assert done.returncode == 0 and "--precision" in done.stdout
+    done = start_in(tree, bare_python, "--precison", "fp4")
+    assert done.returncode == 2 and "did you mean --precision?" in done.stderr
+
+
+def test_where_only_venv_has_torch_the_script_goes_on_there(tree, bare_python):
+    python = tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "the Python of .venv got: $@"\n')
+    python.chmod(0o755)
+    done = start_in(tree, bare_python, "--precision", "fp4", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the Python of .venv got: quartet.py --precision fp4 --steps 3\n"
 
 
 def test_without_a_compiler_the_definition_runs_and_one_line_says_so(tmp_path):
-    shutil.copytree(os.path.join(ROOT, "fp4"), tmp_path / "fp4", ignore=shutil.ignore_patterns("build", "__pycache__"))
-    code = "import fp4, torch; layer = fp4.Linear(64, 32, 'fp4'); layer(torch.randn(3, 64)).sum().backward(); print(layer.weight.grad.norm() > 0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "CXX": "/nonexistent/c++"})
-    assert done.stdout == "tensor(True)\n" and [l.startswith("fp4 runs reference.py") for l in done.stderr.strip().splitlines()].count(True) == 1, done.stderr
-
-
-# ---- the tree
-
-ORDER = ["quartet", "model", "fp4", "fp4.linear", "fp4.baselines", "fp4.fp8", "fp4.emulated", "fp4.build", "fp4.product", "fp4.nvfp4", "fp4.recipes",
-         "fp4.formats", "fp4.reference"]
-
-
-def imports(name):
-    path = os.path.join(ROOT, name.replace(".", "/"))
-    tree = ast.parse(open(path + ".py" if os.path.exists(path + ".py") else path + "/__init__.py").read())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
-        if isinstance(node, ast.ImportFrom):
-            base = "fp4" if node.level else node.module
-            yield from ([f"{base}.{node.module}"] if node.level and node.module else [f"{base}.{a.name}" for a in node.names] if node.level else [base])
-
-
-def test_imports_go_one_way():
-    for i, name in enumerate(ORDER):
-        inside = [m for m in imports(name) if m.split(".")[0] in ("quartet", "model", "fp4", "data")]
-        assert all(m in ORDER[i + 1:] or m == "data" and name == "quartet" for m in inside), (name, inside)
-
-
-def test_the_reading_budget_holds():
-    done = subprocess.run([sys.executable, "tests/lines.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    shutil.copytree(os.path.join(ROOT, "fp4"), tmp_path / "fp4",
+                    ignore=shutil.ignore_patterns("build", "__pycache__"))
+    code = ("import fp4, torch\n"
+            "layer = fp4.Linear(64, 32, fp4.recipe('fp4'))\n"
+            "layer(torch.randn(3, 64)).sum().backward()\n"
+            "print(layer.weight.grad.norm() > 0)\n")
+    done = shell(sys.executable, "-c", code, cwd=tmp_path,
+                 env={**os.environ, "CXX": "/nonexistent/c++"})
+    lines = done.stderr.strip().splitlines()
+    assert done.stdout == "tensor(True)\n"
+    announced = [line for line in lines if line.startswith("fp4 runs reference.py")]
+    assert len(announced) == 1, done.stderr
