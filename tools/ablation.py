@@ -1,109 +1,192 @@
 """
 The same model in several precisions: from the same weights and on the same batches, for each seed.
 
-    python quartet.py --precision bf16,fp4,quartet2 --seeds 3   # `all`: every row; --jobs 8: so many at a time
+    python quartet.py --precision bf16,fp4,quartet2 --seeds 3
+    python quartet.py --precision all --jobs 8          # every row of the table, 8 runs at a time
 
-Nothing is trained twice: what a run was, and whether it was finished, is in its log.csv. The same command goes on with
-what is missing, an interrupted run from its checkpoint. Runs go seed by seed, so that what is there compares.
+Nothing is trained twice: the log.csv of a run says what the run was, and whether it was finished.
+So the same command goes on with what is missing, and an interrupted run goes on from its
+checkpoint. Runs go seed by seed, so that what is there at any time can be compared.
+
+This module does not import quartet.py, which is the program that calls it: its callers hand over
+the function that trains a run, and the script that a child process starts.
 """
-import ctypes, dataclasses, functools, itertools, os, subprocess, sys, time
+import ctypes
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
 import torch
+
+from data.files import UserError
 from data.prepare import prepare
 from fp4 import build
-from scaling.logs import read
-from scaling.table import report
+from tools import cli
+from tools.report import report
+from tools.run import earlier_run, set_aside
+
+PR_SET_PDEATHSIG = 1                    # of prctl: the signal for a process whose parent ends
+
+# If this process is killed, none of its runs goes on unseen. Only Linux can promise that. The C
+# library is loaded here, because little is safe between the fork and the start of a child.
+die_with_parent = None
+if sys.platform == "linux":
+    die_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Failed(Exception):
-    """some runs failed or do not compare; the message is one sentence for the user"""
+def compare(configs, path, train, script):
+    """Train what is missing, then write the table of all runs to path.csv and path.svg.
+
+    The arguments are those of finish(). Raises UserError when some runs failed.
+    """
+    failure = finish(configs, train, script)
+    runs = [earlier_run(cfg) for cfg in configs]
+    ended = [run for run in runs if run and run.ended]
+    if ended:
+        report(ended, path)
+    if failure:
+        raise failure
 
 
-def earlier(cfg, free):
-    """the run in cfg's folder if it is this very one: all settings alike but for the free ones"""
-    try: run = read(os.path.join(cfg.out, cfg.name, "log.csv"))
-    except (OSError, ValueError): return None
-    return run if all(run.config.get(k) == v for k, v in vars(cfg).items() if k not in free) else None
+def finish(configs, train, script):
+    """Train what is missing; returns the UserError that is to be raised if some runs failed.
+
+    configs  settings of each run
+    train    train(cfg) trains one run, and raises UserError when that diverges
+    script   what a child process starts: quartet.py, or a script that adds rows to its table
+    """
+    missing = missing_runs(configs)
+    jobs = configs[0].jobs
+    if jobs == 1:
+        train_in_turn(missing, train)
+        return None
+    # Corpus and kernels are made here once, not in each child.
+    prepare(configs[0].data, configs[0].vocab)
+    build(configs[0].gemm)
+    failed = train_in_processes(missing, jobs, script)
+    if not failed:
+        return None
+    reasons = [f"{log_text_path(cfg)}: {reason}" for cfg, reason in failed]
+    return UserError(f"{len(failed)} of {len(configs)} runs failed, the same command tries them "
+                     f"again: {'; '.join(reasons)}")
 
 
-def set_aside(folder):
-    """an earlier run of this name is not lost"""
-    if not os.path.exists(folder) or os.listdir(folder) == ["log.txt"]: return         # that is from the process around us
-    aside = next(f for i in itertools.count(1) if not os.path.exists(f := f"{folder}.{i}"))
-    os.rename(folder, aside)
-    print(f"{folder} existed and is now {aside}")
-
-
-# ---- many runs
-
-def compare(configs, path, train, write, free, script):
-    """train what is missing, then write path.csv and path.svg"""
-    failure = finish(configs, train, free, script)
-    found = [run for cfg in configs if (run := earlier(cfg, free)) and run.ended]
-    if found: report(found, path, write)
-    if failure: raise failure
-
-
-def finish(configs, train, free, script):
-    """train what is missing; returns what is to be raised if some failed. train(cfg) raises when it diverges; script is
-    what a process of its own starts: quartet.py, or one that adds rows"""
-    todo = []
+def missing_runs(configs):
+    """Those of configs that are not finished; they resume where there is a checkpoint."""
+    missing = []
     for cfg in configs:
-        run, folder = earlier(cfg, free), os.path.join(cfg.out, cfg.name)
-        if run and run.ended: print(f"{cfg.name} is finished")
-        else: todo.append(dataclasses.replace(cfg, resume=run is not None and os.path.exists(f"{folder}/ckpt.pt")))
-    failed = {}
-    if configs[0].jobs > 1:
-        prepare(configs[0].data, configs[0].vocab), build()     # once, not in each process
-        failed = parallel(todo, configs[0].jobs, free, script)
-    else:
-        for cfg in todo:
-            try: train(cfg)
-            except Exception as error:
-                run = earlier(cfg, free)
-                if not (run and run.broken): raise
-                print(error)
-    if failed: return Failed(f"{len(failed)} of {len(configs)} runs failed, the same command tries them again: " + "; ".join(
-                             f"{os.path.join(configs[0].out, name, 'log.txt')}: {said}" for name, said in failed.items()))
+        run = earlier_run(cfg)
+        if run and run.ended:
+            print(f"{cfg.name} is finished")
+            continue
+        has_checkpoint = os.path.exists(os.path.join(cfg.out, cfg.name, "ckpt.pt"))
+        can_resume = run is not None and has_checkpoint
+        missing.append(dataclasses.replace(cfg, resume=can_resume))
+    return missing
 
 
-def parallel(todo, jobs, free, script):
-    """the same, a process each; a line as each ends. Returns {name: the last line it said} of those that failed"""
-    slots, running, failed, total = list(range(jobs)), {}, {}, len(todo)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads, gpus = str(max(1, cores // jobs)), torch.cuda.device_count()
+def train_in_turn(configs, train):
+    """Train one run after the other in this process. A run that diverges stops no other."""
+    for cfg in configs:
+        try:
+            train(cfg)
+        except UserError as error:
+            run = earlier_run(cfg)
+            if not (run and run.broken):
+                raise
+            print(error)
+
+
+# ---- a process for each run
+
+class Child(NamedTuple):
+    process: subprocess.Popen
+    cfg: object                         # the settings of its run
+    slot: int                           # which of the runs at a time it is: 0 to jobs - 1
+    start: float
+
+
+def train_in_processes(configs, jobs, script):
+    """Train `jobs` runs at a time, each in a process of its own; prints a line as each ends.
+
+    Returns [(cfg, the last line of its output), ...] of the runs that failed.
+    """
+    waiting = list(configs)
+    free_slots = list(range(jobs))
+    children = []
+    failed = []
     try:
-        while todo or running:
-            while todo and slots:
-                cfg, slot = todo.pop(0), slots.pop(0)
-                log = os.path.join(folder := os.path.join(cfg.out, cfg.name), "log.txt")
-                if not cfg.resume: set_aside(folder)
-                os.makedirs(folder, exist_ok=True)
-                env = os.environ | dict(OMP_NUM_THREADS=threads, TORCHINDUCTOR_COMPILE_THREADS=threads, TQDM_DISABLE="1")
-                if gpus > 1: env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-                with open(log, "a") as out:
-                    process = subprocess.Popen([sys.executable, script, *flags(cfg)], stdout=out, stderr=out, env=env,
-                                               preexec_fn=die_with_parent)
-                running[process] = cfg, slot, log, time.time()
-            time.sleep(.1)
-            for process in [p for p in running if p.poll() is not None]:
-                cfg, slot, log, start = running.pop(process)
-                slots.append(slot)
-                run = earlier(cfg, free)
-                if not (run and run.ended):
-                    failed[cfg.name] = (open(log).read().strip().splitlines() or ["it said nothing"])[-1]
-                    said = f"failed: {failed[cfg.name]}"
-                elif run.diverged: said = f"diverged, seen at step {run.history[-1][0]}"
-                else: said = f"val loss {run.vals[-1]:.4f}"
-                print(f"[{total - len(todo) - len(running)}/{total}] {cfg.name}: {said} ({time.time() - start:.0f} s)", flush=True)
+        while waiting or children:
+            while waiting and free_slots:
+                children.append(start_child(waiting.pop(0), free_slots.pop(0), jobs, script))
+            time.sleep(0.1)
+            for child in [child for child in children if child.process.poll() is not None]:
+                children.remove(child)
+                free_slots.append(child.slot)
+                has_failed, outcome = outcome_of(child.cfg)
+                if has_failed:
+                    failed.append((child.cfg, outcome))
+                    outcome = f"failed: {outcome}"
+                n_ended = len(configs) - len(waiting) - len(children)
+                seconds = time.time() - child.start
+                print(f"[{n_ended}/{len(configs)}] {child.cfg.name}: {outcome} ({seconds:.0f} s)",
+                      flush=True)
     finally:
-        for process in running: process.kill()
+        for child in children:
+            child.process.kill()
     return failed
 
 
-def flags(cfg):
-    """cfg as a command line"""
-    given = {f.name: v for f in dataclasses.fields(cfg) if (v := getattr(cfg, f.name)) != f.default}
-    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
+def start_child(cfg, slot, jobs, script):
+    """Start the process of one run, whose output goes to log.txt in the run's folder."""
+    if not cfg.resume:
+        set_aside(os.path.join(cfg.out, cfg.name))
+    os.makedirs(os.path.join(cfg.out, cfg.name), exist_ok=True)
+    with open(log_text_path(cfg), "a") as output:
+        process = subprocess.Popen(
+            [sys.executable, script, *cli.to_flags(cfg)],
+            stdout=output,
+            stderr=output,
+            env=child_environment(slot, jobs),
+            preexec_fn=die_with_parent,
+        )
+    return Child(process, cfg, slot, time.time())
 
-# PR_SET_PDEATHSIG, SIGKILL: where the parent is killed no run goes on unseen
-die_with_parent = functools.partial(ctypes.CDLL(None).prctl, 1, 9) if sys.platform == "linux" else None
+
+def child_environment(slot, jobs):
+    """The environment of a child: its share of the cores, and one GPU if there are several."""
+    if hasattr(os, "sched_getaffinity"):
+        n_cores = len(os.sched_getaffinity(0))
+    else:
+        n_cores = os.cpu_count()
+    threads = str(max(1, n_cores // jobs))
+    env = os.environ | dict(OMP_NUM_THREADS=threads, TORCHINDUCTOR_COMPILE_THREADS=threads)
+    n_gpus = torch.cuda.device_count()
+    if n_gpus > 1:
+        env["CUDA_VISIBLE_DEVICES"] = str(slot % n_gpus)
+    return env
+
+
+def outcome_of(cfg):
+    """Whether the run of a child that has ended failed, and how it ended, in words."""
+    run = earlier_run(cfg)
+    if not (run and run.ended):
+        return True, last_line(log_text_path(cfg))
+    if run.diverged:
+        return False, f"diverged, seen at step {run.history[-1].step}"
+    return False, f"val loss {run.vals[-1]:.4f}"
+
+
+def log_text_path(cfg):
+    return os.path.join(cfg.out, cfg.name, "log.txt")
+
+
+def last_line(path):
+    with open(path) as file:
+        lines = file.read().strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

@@ -1,115 +1,202 @@
 """
-Every kernel on small ugly shapes, under NVIDIA's compute-sanitizer: bad addresses, races, memory read before written.
+Run every kernel on small ugly shapes under NVIDIA's compute-sanitizer, which reports bad addresses,
+races, and memory that is read before it is written.
 
-    make sanitize
+    make sanitize                                   # or python -m tools.sanitize
 
-First an error is planted, which memcheck and initcheck have to report; then every call must be clean. Only our kernels are
-watched. Inputs are made on the CPU and outputs copied back to it: no kernel of torch writes what one of ours reads, and
-initcheck sees an output that was not written whole. Not of Hopper's product, whose outputs TMA stores: with those
-initcheck came to no end. test_kernels.py has it write into memory full of NaN.
+First an error is planted, which memcheck and initcheck have to report; then every call must be
+clean. Only our kernels are watched. Inputs are made on the CPU and outputs are copied back to it,
+so no kernel of torch writes what one of ours reads, and initcheck sees an output that was not
+written in full. It does not watch Hopper's GEMM, whose outputs TMA stores: with those initcheck
+came to no end. test_kernels.py has that GEMM write into memory full of NaN instead.
 """
-import glob, itertools, os, shutil, subprocess, sys, time
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                   # python tools/sanitize.py has to find fp4, too
+
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, ".."))
-import fp4
-from fp4 import product, reference
+import fp4.ops
+from fp4 import reference
 
-ops = torch.ops.fp4
 SHAPES = [(1, 32), (33, 160), (100, 544), (3, 1056)]
-MANY_TILES = (300, 17000 // 32 * 32)                           # so wide that a block of threads of the backward quantisers takes three
-OPTIONS = {"memcheck": ["--padding", "4096"], "racecheck": [], "initcheck": []}     # so that overruns hit no neighbour
+# This one is so wide that a CUDA block of the backward quantisers takes three tiles.
+MANY_TILES = (300, 17000 // 32 * 32)
+TOOLS = {
+    "memcheck": ["--padding", "4096"],          # so that overruns hit no neighbour
+    "racecheck": [],
+    "initcheck": [],
+}
 PLANTED = {"memcheck": "Invalid __global__", "initcheck": "Uninitialized __global__"}
-TMA = {"gemm", "quantize_gemm", "gemm_unrotate"}              # where the product is gemm_sm90.cu
-NO_KERNEL = {"draw", "uniform", "mm_fp8"}                   # ops that are written in PyTorch
+USES_TMA = {"gemm", "quantize_gemm", "gemm_unrotate"}   # where the GEMM is gemm_sm90.cu
+NO_KERNEL = {"draw", "uniform", "mm_fp8"}       # ops that are written in PyTorch
+SIGN_ORDERS = ("before", "after", "none")
+FORMATS = ("packed", "fp8", "mxf4")
+ALPHA = 16 / 9
 
 
-def operand(M, K, right=False):
-    """any operand of the GPU's own product: codes and scale tiles, or FP8 tiles and their scales"""
-    m, k = -(-M // 128), -(-K // 128)
-    if product.FORMAT == "mxf4": return [torch.randint(256, shape, dtype=torch.uint8) for shape in ((M, K // 2), (m * k * 512,))]
-    return torch.randint(256, (m, k, 128 * 128), dtype=torch.uint8), torch.rand(m, k, 4 if right else 128)
+# ---- what is called
+
+def operand(M, K, operand_format, is_right=False):
+    """Returns a random operand of the GPU's own GEMM: values and scales in its format."""
+    tiles_down = (M + 127) // 128
+    tiles_across = (K + 127) // 128
+    if operand_format == "mxf4":
+        codes = torch.randint(256, (M, K // 2), dtype=torch.uint8)
+        scales = torch.randint(256, (tiles_down * tiles_across * 512,), dtype=torch.uint8)
+        return codes, scales
+    values = torch.randint(256, (tiles_down, tiles_across, 128 * 128), dtype=torch.uint8)
+    return values, torch.rand(tiles_down, tiles_across, 4 if is_right else 128)
 
 
-def calls(M, K, dtype):
-    """op and its arguments, on the CPU"""
+def calls(M, K, dtype, operand_format):
+    """Yields ops by name, with their arguments on the CPU.
+
+    operand_format is the backend's; if it is "packed" the GEMM is a library's and not called.
+    """
     x = torch.randn(M, K).to(dtype)
     codes, scales, mask = reference.quantize_forward(x, "floor")
+    for scale in ("floor", "nearest"):
+        yield "quantize_forward", (x, scale)
+    yield from backward_calls(x, codes, scales)
+    for out_dtype in (torch.float32, torch.bfloat16):
+        yield "dequantize", (codes, scales, out_dtype)
+        yield "unrotate", (x, mask, out_dtype)
+    if operand_format != "packed":
+        yield from gemm_calls(x, codes, scales, mask, operand_format)
+    yield "packed_to_fp8", (codes, scales, ALPHA)
+
+
+def backward_calls(x, codes, scales):
     signs, seeds = reference.draw(x, x, 3)
-    for scale in ("floor", "nearest"): yield "quantize_forward", (x, scale)
-    for stochastic, turn, format in itertools.product((False, True), ("before", "after", "none"), ("packed", "fp8", "mxf4")):
-        yield "quantize_backward", (x, signs, seeds[:2], stochastic, turn, turn, format)
-        yield "requantize", (codes, scales, signs, seeds[2:], stochastic, turn, format)
-    for out in (torch.float32, torch.bfloat16):
-        yield "dequantize", (codes, scales, out)
-        yield "unrotate", (x, mask, out)
-        if product.FORMAT != "packed":                          # else a library multiplies
-            for N in (32, 4096): yield "gemm_unrotate", (*operand(M, N), *operand(K, N, True), mask, 16 / 9, out)       # 4096: split
-    if product.FORMAT != "packed":
-        w = reference.quantize_forward(torch.randn(96, K), "floor")[:2]
-        yield "gemm", (codes, scales, *w, 16 / 9, torch.float32)
-        yield "quantize_gemm", (x, "floor", *w)
-    yield "fold", (codes, scales, 16 / 9)
+    for variant in itertools.product((False, True), SIGN_ORDERS, FORMATS):
+        stochastic, order, operand_format = variant
+        yield "quantize_backward", (x, signs, seeds[:2], stochastic, order, order, operand_format)
+        yield "requantize_transposed", (codes, scales, signs, seeds[2:], *variant)
 
 
-def run(tool, planted):
-    """every call, or one with the error that this tool has to report"""
-    to = lambda args: [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
-    if planted and tool == "memcheck":
+def gemm_calls(x, codes, scales, mask, operand_format):
+    M, K = x.shape
+    for out_dtype in (torch.float32, torch.bfloat16):
+        for inner in (32, 4096):                # with 4096 Hopper's GEMM splits the sum
+            a = operand(M, inner, operand_format)
+            b = operand(K, inner, operand_format, is_right=True)
+            yield "gemm_unrotate", (*a, *b, mask, ALPHA, out_dtype)
+    w_codes, w_scales, _ = reference.quantize_forward(torch.randn(96, K), "floor")
+    yield "gemm", (codes, scales, w_codes, w_scales, ALPHA, torch.float32)
+    yield "quantize_gemm", (x, "floor", w_codes, w_scales)
+
+
+# ---- in the process that is watched
+
+def plant_error(tool):
+    """Makes the error that the tool has to report."""
+    if tool == "memcheck":
         x = torch.randn(64, 1024).cuda()
-        x.untyped_storage().resize_(4096)                       # 64 rows, memory for one
-        ops.quantize_forward(x, "floor")
-    if planted and tool == "initcheck":
-        ops.quantize_forward(torch.empty(64, 1024, device="cuda"), "floor")
-    for M, K in (*SHAPES, MANY_TILES) if not planted else ():
+        x.untyped_storage().resize_(4096)       # 64 rows, but memory for one
+    else:
+        x = torch.empty(64, 1024, device="cuda")
+    torch.ops.fp4.quantize_forward(x, "floor")
+
+
+def call_everything(tool, operand_format):
+    for M, K in (*SHAPES, MANY_TILES):
         for dtype in (torch.float32, torch.bfloat16):
-            for name, args in calls(M, K, dtype):
-                if tool == "initcheck" and product.FORMAT == "fp8" and name in TMA: continue
-                if (M, K) == MANY_TILES and (name not in ("quantize_backward", "requantize") or "before" not in args): continue
-                out = getattr(ops, name)(*to(args))
-                for t in out if isinstance(out, tuple | list) else [out]: t.cpu()
+            for name, arguments in calls(M, K, dtype, operand_format):
+                if is_skipped(tool, operand_format, (M, K), name, arguments):
+                    continue
+                on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+                results = getattr(torch.ops.fp4, name)(*on_gpu)
+                if isinstance(results, torch.Tensor):
+                    results = [results]
+                for tensor in results:
+                    tensor.cpu()
+
+
+def is_skipped(tool, operand_format, shape, name, arguments):
+    if tool == "initcheck" and operand_format == "fp8" and name in USES_TMA:
+        return True
+    if shape != MANY_TILES:
+        return False
+    is_backward = name in ("quantize_backward", "requantize_transposed")
+    return not is_backward or "before" not in arguments
+
+
+def run_under(tool, is_planted):
+    """Does the work of the process that compute-sanitizer watches."""
+    operand_format = fp4.build().operand_format
+    if is_planted:
+        plant_error(tool)
+    else:
+        call_everything(tool, operand_format)
     torch.cuda.synchronize()
 
 
+# ---- in the process that watches
+
 def watch(sanitizer, tool, planted=False):
-    """run this file under the tool; is it clean, and what was said"""
-    files = [os.path.basename(path).replace(".", "_") for path in glob.glob(os.path.join(HERE, "..", "fp4", "*.cu"))]
-    ours = [word for name in files for word in ("--kernel-name", f"kernel_substring={name}")]       # of unnamed namespaces
-    done = subprocess.run(
-        [sanitizer, "--tool", tool, *OPTIONS[tool], "--error-exitcode", "1", "--report-api-errors", "no",
-         "--target-processes", "application-only", *ours, sys.executable, __file__, "--under", tool, *["planted"] * planted],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})                  # each tensor its own allocation
-    return done.returncode == 0 and "SUMMARY: 0 " in done.stdout, done.stdout
+    """Runs this file under the tool. Returns whether it is clean, and the output."""
+    only_ours = []
+    for path in ROOT.glob("fp4/kernels/*.cu"):
+        # The name of a kernel in an unnamed namespace contains the name of its file.
+        only_ours += ["--kernel-name", f"kernel_substring={path.name.replace('.', '_')}"]
+    mode = ["planted"] if planted else []
+    # Each tensor gets an allocation of its own.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.run(
+        [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", "1",
+         "--report-api-errors", "no", "--target-processes", "application-only", *only_ours,
+         sys.executable, "-m", "tools.sanitize", "--under", tool, *mode],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+    is_clean = process.returncode == 0 and "SUMMARY: 0 " in process.stdout
+    return is_clean, process.stdout
+
+
+def reason_not_to_run(sanitizer):
+    """Returns a sentence, or None if everything is there."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    if not sanitizer:
+        return "there is no compute-sanitizer here; it comes with the CUDA toolkit"
+    if not fp4.build().is_compiled:
+        return "the kernels did not build"
+    return None
 
 
 def main():
     path = os.environ["PATH"] + ":/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
     sanitizer = shutil.which("compute-sanitizer", path=path)
-    problem = ("torch sees no GPU here" if not torch.cuda.is_available() else
-               "there is no compute-sanitizer here; it comes with the CUDA toolkit" if not sanitizer else
-               "the kernels did not build" if fp4.build().startswith("reference") else None)
-    if problem:
-        print(f"sanitize: {problem}", file=sys.stderr)
+    reason = reason_not_to_run(sanitizer)
+    if reason:
+        print(f"sanitize: {reason}", file=sys.stderr)
         return 2
-    for tool, word in PLANTED.items():
-        said = watch(sanitizer, tool, planted=True)[1]
-        if word not in said:
-            print(f"{said}\nsanitize: {tool} misses a planted error, so what it says would prove nothing", file=sys.stderr)
+    for tool, report in PLANTED.items():
+        _, output = watch(sanitizer, tool, planted=True)
+        if report not in output:
+            print(output, file=sys.stderr)
+            print(f"sanitize: {tool} misses a planted error, so what it says would prove nothing",
+                  file=sys.stderr)
             return 1
         print(f"{tool} reports the planted error", flush=True)
     failed = False
-    for tool in OPTIONS:
+    for tool in TOOLS:
         start = time.time()
-        clean, said = watch(sanitizer, tool)
-        print(f"{tool}: {'clean' if clean else said}, {time.time() - start:.0f} s", flush=True)
-        failed |= not clean
-    return int(failed)
+        is_clean, output = watch(sanitizer, tool)
+        outcome = "clean" if is_clean else output
+        print(f"{tool}: {outcome}, {time.time() - start:.0f} s", flush=True)
+        failed |= not is_clean
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
     if "--under" in sys.argv:
-        fp4.build()
-        run(sys.argv[2], "planted" in sys.argv)
-    else: sys.exit(main())
+        run_under(sys.argv[2], "planted" in sys.argv)
+    else:
+        sys.exit(main())

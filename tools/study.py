@@ -1,89 +1,204 @@
 """
-The README's study: every precision and what each ingredient of fp4 buys, on one model, with several seeds; then the most
-promising ones again, four times as long.
+The study of tools/README.md: every precision, and what each ingredient of fp4 buys, on one model
+with several seeds; then the most promising variants again, four times as long.
 
-    make ablation                                               # on a GPU; without one two rows of the tiny model
-    python -m scaling.study --seeds 2 --jobs 14                 # the same with other flags of quartet.py
-    python -m scaling.study scaling/data/study.csv out/study/*/log.csv     # its table from finished runs, without training
+    make ablation                               # on a GPU; without one, two rows of the tiny model
+    python -m tools.study --seeds 2 --jobs 14   # the same with other flags of quartet.py
+    python -m tools.study tools/study.csv out/study/*/log.csv       # only its tables, no training
 
-Runs go seed by seed, so that what is there compares, the long ones first. They are kept in scaling/data/study.csv: of each log
-its head and the evaluated steps.
+Runs go seed by seed, so that what is there at any time can be compared, and the long ones first.
+What is worth keeping of their logs, which is the head and the evaluated steps, goes to study.csv.
+The third command makes the tables from finished runs alone.
 """
-import glob, os, shutil, sys
+import glob
+import os
+import shutil
+import sys
+import textwrap
+
 import torch
+
 import quartet
-from fp4 import RECIPES
-from fp4.tables import README, replaced, write
-from scaling.ablation import Failed, compare, finish
-from scaling.logs import label, parse, split, thin
-from scaling.speeds import params
-from scaling.table import report
+from data.files import UserError, atomic_write, check
+from fp4.recipes import RECIPES
+from model import PRESETS, count_params
+from tools.ablation import compare, finish
+from tools.markdown import replaced
+from tools.report import by_label, draw_gap, histories_by_label, report
+from tools.run import label, parse_log, split_logs, thin_log
 
-# 25 tokens a parameter (of 10, bf16's seeds ended 0.2 apart), eight runs at a time; three seeds: longer runs tell more than more seeds
-STUDY = "--size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 3 --jobs 8 --compile --discard --sample_tokens 0 --out out/study".split()
-ROWS = "all", "fp4 --scale nearest", "fp4 --rotation none:32:32,32:none:32,32:32:none,128", "fp4 --rounding nearest:sr:nearest,nearest:nearest:sr", \
-       "fp4 --scale nearest --rotation 32:none:32", "fp4 --scale mse,absmax34,absmax", "fp4 --rotation 128:32:32", "fp4 --rounding eden"
-FINALISTS = "bf16,fp4,fp4-sr", "fp4 --scale nearest", "fp4 --rotation 32:none:32", "fp4 --scale nearest --rotation 32:none:32", "fp4 --scale mse"
-LONG = "--tokens_per_param 100 --eval_every 1600 --name 3M-100".split()
-WHAT = [["--precision", *row.split(), *more] for rows, more in ((ROWS, []), (FINALISTS, LONG)) for row in rows]
-SMALL = "--precision bf16,fp4 --size tiny".split()              # without a GPU
-SAME = "size", "data", "vocab", "seq", "batch", "lr", "dtype"
+# Three seeds of 25 tokens a parameter, because longer runs tell more than more seeds do: at 10
+# tokens a parameter, the seeds of bf16 ended 0.2 apart.
+STUDY = (
+    "--size 3M --data python --vocab 2048 --micro 128 --eval_every 400 --seeds 3 --jobs 8 "
+    "--compile --discard --sample_tokens 0 --out out/study"
+)
+VARIANTS = (
+    "--precision all",
+    "--precision fp4 --scale nearest",
+    "--precision fp4 --rotation none:32:32,32:none:32,32:32:none,128",
+    "--precision fp4 --rounding nearest:sr:nearest,nearest:nearest:sr",
+    "--precision fp4 --scale nearest --rotation 32:none:32",
+    "--precision fp4 --scale mse,absmax34,absmax",
+    "--precision fp4 --rotation 128:32:32",
+    "--precision fp4 --rounding eden",
+)
+FINALISTS = (
+    "--precision bf16,fp4,fp4-sr",
+    "--precision fp4 --scale nearest",
+    "--precision fp4 --rotation 32:none:32",
+    "--precision fp4 --scale nearest --rotation 32:none:32",
+    "--precision fp4 --scale mse",
+)
+LONG = "--tokens_per_param 100 --eval_every 1600 --name 3M-100"
+WITHOUT_GPU = "--precision bf16,fp4 --size tiny"
+
+# Only runs that agree in these settings can stand in one study.
+SHARED = ("size", "data", "vocab", "seq", "batch", "lr", "dtype")
+LENGTH = ("steps", "tokens", "tokens_per_param")
+GAP = ("bf16", "fp4")                   # the two rows of gap.svg
 HERE = os.path.dirname(os.path.abspath(__file__))
-PICTURES, RUNS = os.path.join(HERE, "..", ".readme"), os.path.join(HERE, "data", "study.csv")
-
-
-def finished(paths):
-    """[(log, run), ...] of the finished runs in these files, the last of each name, in the order of the table of precisions;
-    refuses to mix. Only what is kept of a log counts: then scaling/data/study.csv gives the same tables"""
-    logs = [(path, log) for path in paths for log in split(open(path).read())]
-    kept = {run.config["name"]: thin(log) for path, log in logs if (run := parse(log)).ended and (
-            os.path.basename(path) != "log.csv" or run.config["name"] == os.path.basename(os.path.dirname(path)))}  # else set aside
-    runs = [(log, parse(log)) for log in kept.values()]
-    if not runs: raise Failed("there is no finished run")
-    for what in SAME:
-        values = {str(run.config.get(what)) for _, run in runs}
-        if len(values) > 1: raise Failed(f"these runs differ in --{what}: {', '.join(sorted(values))}")
-    order = lambda item: ([*RECIPES].index(item[1].config["precision"]), label(item[1].config))
-    return sorted(runs, key=order)
-
-
-def by_length(runs):
-    """[("ablation", the shortest), ("ablation2", the next), ...]: only runs of one length compare"""
-    lengths = {}
-    for run in runs: lengths.setdefault(tuple(run.config.get(k) for k in ("steps", "tokens", "tokens_per_param")), []).append(run)
-    return [("ablation" + f"{i}" * (i > 1), lengths[length]) for i, length in enumerate(sorted(lengths), 1)]
-
-
-def section(runs, name):
-    """the README's on runs of one length"""
-    run = max(runs, key=lambda run: run.date)
-    layers, C, _, _ = quartet.SIZES[run.config["size"]]
-    tokens, picture = run.history[-1][0] * run.config["batch"] * run.config["seq"], f"{name}.svg"
-    body = report(runs, os.path.join("out", name), quartet.write)
-    shutil.copyfile(os.path.join("out", picture), os.path.join(PICTURES, picture))
-    return (f"{params(layers, C) / 1e6:.1f} M parameters in the blocks, {tokens / 1e6:.0f} M tokens of "
-            f"`{run.config['data']}`, {run.config['vocab'] or 4096:,} in the vocabulary; {run.device}; {run.date}.\n\n"
-            f"![curves](.readme/{picture})\n\n{body}")
+PICTURES = HERE
+README = os.path.join(HERE, "README.md")
+RUNS = os.path.join(HERE, "study.csv")
 
 
 def main(argv):
-    """train what is missing of the study, seed by seed, or none if files of finished runs are given; write the README's tables"""
-    files, gpu, failure = [arg for arg in argv if arg.endswith(".csv")], torch.cuda.is_available(), None
+    """Train what is missing of the study, seed by seed, and write its tables into README.md.
+
+    Arguments that end in .csv are files of finished runs: then nothing is trained.
+    """
+    files = [argument for argument in argv if argument.endswith(".csv")]
+    failure = None
     if not files:
-        asked = [quartet.parse([*STUDY * gpu, *what, *argv]) for what in
-                 ([SMALL] if not gpu else [[]] if "--precision" in " ".join(argv) else WHAT)]
-        configs, rest = [*{cfg: None for one in asked for cfg in quartet.runs(one)}], (quartet.FREE, quartet.__file__)
-        # the README's tables are a GPU's
-        if not gpu: return compare(configs, os.path.join(asked[0].out, "ablation"), quartet.train, quartet.write, *rest)
-        failure = finish(sorted(configs, key=lambda cfg: (cfg.seed, -cfg.tokens_per_param)), quartet.train, *rest)
-        files = glob.glob(os.path.join(asked[0].out, "*", "log.csv"))
-    try: found = finished(files)
-    except (Failed, ValueError) as wrong: raise failure or Failed(str(wrong))
-    parts = [section(runs, name) for name, runs in by_length([run for _, run in found])]
-    write(README, replaced(open(README).read(), "\n\n".join(parts), "ablation"))
-    write(RUNS, "".join(log for log, _ in found))
-    if failure: raise failure
+        if not torch.cuda.is_available():
+            compare_without_gpu(argv)
+            return
+        out, configs = study_runs(argv)
+        failure = finish(configs, quartet.train, quartet.__file__)
+        files = glob.glob(os.path.join(out, "*", "log.csv"))
+    try:
+        logs = finished_logs(files)
+    except (UserError, ValueError) as error:
+        if failure is None:
+            failure = UserError(str(error))
+        raise failure
+    write_results(logs)
+    if failure:
+        raise failure
+
+
+# ---- what is trained
+
+def compare_without_gpu(argv):
+    """Train two rows of the tiny model. The tables of README.md stay: they are a GPU's."""
+    settings = quartet.parse([*WITHOUT_GPU.split(), *argv])
+    configs = list(dict.fromkeys(quartet.expand_runs(settings)))
+    compare(configs, os.path.join(settings.out, "ablation"), quartet.train, quartet.__file__)
+
+
+def study_runs(argv):
+    """The folder of the study's runs, and the settings of each run, in the order of training."""
+    commands = [*VARIANTS, *(f"{row} {LONG}" for row in FINALISTS)]
+    if any(argument.startswith("--precision") for argument in argv):
+        commands = [""]                 # argv itself says which rows are trained.
+    configs = {}                        # A dictionary has each run once, and keeps the order.
+    for command in commands:
+        settings = quartet.parse([*STUDY.split(), *command.split(), *argv])
+        configs |= dict.fromkeys(quartet.expand_runs(settings))
+    return settings.out, sorted(configs, key=lambda cfg: (cfg.seed, -cfg.tokens_per_param))
+
+
+# ---- what is kept
+
+def finished_logs(paths):
+    """The logs of the finished runs in these files, thinned, in the order of the recipes.
+
+    Of several runs of one name the last counts. Raises UserError when there is none, or when they
+    differ in a setting that they have to share.
+    """
+    kept = {}
+    for path in paths:
+        with open(path) as file:
+            logs = split_logs(file.read())
+        for log in logs:
+            run = parse_log(log)
+            if run.ended and not is_set_aside(path, run):
+                # The tables are made of what is kept, so that study.csv alone gives the same.
+                kept[run.config["name"]] = thin_log(log)
+    check(kept, "there is no finished run")
+    configs = [parse_log(log).config for log in kept.values()]
+    for setting in SHARED:
+        values = sorted({str(config.get(setting)) for config in configs})
+        check(len(values) == 1, f"these runs differ in --{setting}: {', '.join(values)}")
+    return sorted(kept.values(), key=place_in_table)
+
+
+def is_set_aside(path, run):
+    """Is this a log.csv in a folder that no longer has the name of its run?"""
+    folder = os.path.basename(os.path.dirname(path))
+    return os.path.basename(path) == "log.csv" and folder != run.config["name"]
+
+
+def place_in_table(log):
+    config = parse_log(log).config
+    return list(RECIPES).index(config["precision"]), label(config)
+
+
+def by_length(runs):
+    """[runs of one length, ...], the shortest first: only runs of one length can be compared."""
+    lengths = {}
+    for run in runs:
+        length = tuple(run.config.get(setting) for setting in LENGTH)
+        lengths.setdefault(length, []).append(run)
+    return [lengths[length] for length in sorted(lengths)]
+
+
+# ---- what is written
+
+def write_results(logs):
+    """Write the tables into README.md, the pictures beside it, and the logs into study.csv."""
+    lengths = by_length([parse_log(log) for log in logs])
+    sections = []
+    for number, runs in enumerate(lengths, 1):
+        name = "ablation" if number == 1 else f"ablation{number}"
+        sections.append(make_section(runs, name))
+    draw_longest(lengths[-1])
+    with open(README) as file:
+        readme = replaced(file.read(), "\n\n".join(sections), "ablation")
+    atomic_write(README, lambda file: file.write(readme.encode()))
+    atomic_write(RUNS, lambda file: file.write("".join(logs).encode()))
+
+
+def make_section(runs, name):
+    """The part of README.md about runs of one length; its picture is name.svg."""
+    run = max(runs, key=lambda run: run.date)
+    preset = PRESETS[run.config["size"]]
+    n_params = count_params(preset.n_layer, preset.n_embd)
+    n_tokens = run.history[-1].step * tokens_per_step(run)
+    about = (f"{n_params / 1e6:.1f} M parameters in the blocks, {n_tokens / 1e6:.0f} M tokens of "
+             f"`{run.config['data']}`, {run.config['vocab'] or 4096:,} in the vocabulary; "
+             f"{run.device}; {run.date}.")
+    about = textwrap.fill(about, 100, break_long_words=False, break_on_hyphens=False)
+    body = report(runs, os.path.join("out", name))
+    picture = f"{name}.svg"
+    shutil.copyfile(os.path.join("out", picture), os.path.join(PICTURES, picture))
+    return f"{about}\n\n![curves]({picture})\n\n{body}"
+
+
+def draw_longest(runs):
+    """Draw gap.svg, which shows bf16 and fp4, if both are among these runs and did not diverge."""
+    good = [run for run in runs if not run.diverged]
+    groups = by_label(good)
+    if any(name not in groups for name in GAP):
+        return
+    histories = histories_by_label(good)
+    draw_gap(os.path.join(PICTURES, "gap.svg"), {name: histories[name] for name in GAP},
+             tokens_per_step(runs[0]))
+
+
+def tokens_per_step(run): return run.config["batch"] * run.config["seq"]
 
 
 if __name__ == "__main__":
-    sys.exit(quartet.cli(sys.argv[1:], main))
+    sys.exit(quartet.run_cli(sys.argv[1:], main))

@@ -1,95 +1,200 @@
 """
-An answer for one model: what each precision costs in loss, in training and in inference, and which one to take.
+Answers for one model: what each precision costs in loss, in training and in inference, and which
+one to take.
 
-Three questions about N parameters and D tokens, each against BF16:
+There are three questions about N parameters and D tokens, each against BF16:
 
     the same run                    N, D            what is lost, and what is saved
-    the same training cost          N, D tr         a training step that is tr times as fast pays for more tokens
-    and the same inference cost     fw N, D tr/fw   a forward pass that is fw times as fast pays for a larger model, too
+    the same training cost          N, D tr         a training step that is tr times as fast pays
+                                                    for more tokens
+    and the same inference cost     fw N, D tr/fw   a forward pass that is fw times as fast pays
+                                                    for a larger model, too
 
-Times are of the linears in the blocks (speeds.py): attention, head and optimizer, not in them, dilute every saving.
+The times are those of the linears in the blocks (speeds.py). Attention, head and optimizer are not
+in them and dilute every saving.
 """
+from typing import NamedTuple
+
 import numpy as np
-from scaling import fitting, law, regions
+
+from tools.scaling import fitting, law, regions
 
 
-def human(x):
-    """1.5e9 -> 1.5B"""
-    for size, letter in (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"):
-        if x >= .9995 * size: return f"{x / size:.3g}{letter}"
+# ---- numbers in words
+
+def format_count(x):
+    """Writes 1.5e9 as 1.5B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if x >= .9995 * size:           # This is what rounds to 1.00.
+            return f"{x / size:.3g}{letter}"
     return f"{x:.3g}"
 
 
-def span(logs): return f"{human(np.exp(min(logs)))} to {human(np.exp(max(logs)))}"
+def format_range(logs):
+    """Writes the range of numbers whose logarithms are given, as 30.5M to 822M."""
+    return f"{format_count(np.exp(min(logs)))} to {format_count(np.exp(max(logs)))}"
 
 
-def table(base, methods, speeds):
-    """the precisions that both the runs and the times know, BF16 first; FP4 as in the trainer's rows fp4 and fp4-sr"""
-    rows = regions.precisions(base, methods, speeds, "QuEST", "RTN-absmax")
-    if speeds.has("fp8"): rows.insert(0, regions.Precision("BF16:BF16", "bf16", "bf16", base))
-    sr = "fp4-sr" if speeds.has("fp4-sr") else "fp4"            # if not measured apart
-    rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr, fitting.compose(base, methods, "QuEST", "SR-absmax")))
-    return regions.known(rows, "QuEST", "RTN-absmax")
-
-
-def question(rows, N, D):
-    """each precision at its own N and D: [(loss, low, high)], and in which share of the draws its loss is the lowest"""
-    points = [(p.fit, np.log([n]), np.log([d])) for p, n, d in zip(rows, N, D)]
-    drawn = np.array([law.log_loss(fit.draws, n, d)[:, 0] for fit, n, d in points])
-    share = np.bincount(drawn.argmin(0), minlength=len(rows)) / drawn.shape[1]
-    return np.array([np.ravel(fitting.predict(*point)) for point in points]), share
-
-
-def choice(budget, rows, N, D, loss, share):
-    """prints the best precision for a budget, what comes next, and why"""
-    best, second = loss[:, 0].argsort(kind="stable")[:2]        # stable: BF16 before what is no better
-    n, d, (eff_n, eff_d) = N[best], D[best], np.exp(rows[best].fit.theta[6:])
-    why = f"BF16's time pays for {human(n)} parameters on {human(d)} tokens" if best else \
-          "What is faster loses more than its speed can buy back"
-    if eff_n != 1 or eff_d != 1:
-        why += f", worth {human(n * eff_n)} on {human(d * eff_d)} of BF16 (eff_N {eff_n:.2f}, eff_D {eff_d:.2f})"
-    print("Fixed {} budget: {}, loss {:.3f} ({:.3f}-{:.3f})".format(budget, rows[best].name, *loss[best]) +
-          f", the lowest in {share[best]:.0%} of the draws; next {rows[second].name}, {loss[second, 0]:.3f}.\n    {why}.")
-
-
-def outside(what, x, fitted):
-    """how far x is from the runs of the fit, in words; nothing if it is among them"""
-    low, high = np.exp(min(fitted)), np.exp(max(fitted))
-    if x > 1.01 * high: return f"{human(x)} {what} are {x / high:.2g} times the most of any run"
-    if x < .99 * low: return f"{human(x)} {what} are {x / low:.2g} of the least of any run"
+def extrapolation(unit, x, logs):
+    """Says how far x is outside the runs, which have these logarithms; "" if it is among them."""
+    low = np.exp(min(logs))
+    high = np.exp(max(logs))
+    if x > 1.01 * high:
+        return f"{format_count(x)} {unit} are {x / high:.2g} times the most of any run"
+    if x < .99 * low:
+        return f"{format_count(x)} {unit} are {x / low:.2g} of the least of any run"
     return ""
 
 
-def advise(runs, base, methods, speeds, N, D):
-    """prints the table of the three questions, the best choice for each budget, and how far outside the runs that is"""
-    rows = table(base, methods, speeds)
-    fw, tr = np.array([regions.faster(speeds, p.forward, p.backward, "bf16", N) for p in rows]).T
-    one = np.ones(len(rows))
-    same, train, both = [(n, d, *question(rows, n, d)) for n, d in
-                         ((N * one, D * one), (N * one, D * tr), (N * fw, D * tr / fw))]
-    print(f"{human(N)} parameters, {human(D)} tokens ({D / N:.3g} a parameter); {speeds.name}: {speeds.source}\n")
-    print(f"{'':10s}  {'the same run':^35s}   {'the same training cost':^21s}   {'and the same inference cost':^30s}")
-    print(f"{'fwd:bwd':10s}  {'loss':>5s} {'90 %':^13s} {'training':>8s} {'infer.':>6s}   "
-          f"{'tokens':>7s} {'loss':>6s} {'best':>6s}   {'params':>7s} {'tokens':>7s} {'loss':>6s} {'best':>7s}")
-    for i, p in enumerate(rows):
-        loss, low, high = same[2][i]
-        print(f"{p.name:10s}  {loss:.3f}  {low:.3f}-{high:.3f} {1 / tr[i]:8.2f} {1 / fw[i]:6.2f}   "
-              f"{human(train[1][i]):>7s} {train[2][i, 0]:6.3f} {train[3][i]:6.0%}   "
-              f"{human(both[0][i]):>7s} {human(both[1][i]):>7s} {both[2][i, 0]:6.3f} {both[3][i]:7.0%}")
-    print("training, infer.: time relative to BF16. best: in which share of the law's draws its loss is the lowest.\n"
-          "FP4 is QuEST forward, RTN-absmax backward (--precision fp4), or SR-absmax backward (fp4-sr).\n")
+# ---- the three questions
 
-    choice("training", rows, *train)
-    choice("inference and training", rows, *both)
+class Answer(NamedTuple):
+    """What every precision reaches within one budget; each array has an entry a precision."""
+    N: np.ndarray               # the parameters that the budget pays for
+    D: np.ndarray               # the tokens
+    loss: np.ndarray            # (precisions, 3): the loss, and its 90 % interval
+    share: np.ndarray           # in which share of the law's draws the loss is the lowest
+
+
+def compared_precisions(base, methods, speeds):
+    """
+    Lists the precisions that both the runs and the times know, BF16 first.
+
+    FP4 is that of the rows fp4 (QuEST forward, RTN-absmax backward) and fp4-sr of the trainer.
+    """
+    rows = regions.four_precisions(base, methods, speeds, "QuEST", "RTN-absmax")
+    if speeds.has("fp8"):
+        rows.insert(0, regions.Precision("BF16:BF16", "bf16", "bf16", base))
+    # Where fp4-sr was not timed, it is taken to be as fast as fp4.
+    sr_times = "fp4-sr" if speeds.has("fp4-sr") else "fp4"
+    sr_fit = fitting.compose(base, methods, "QuEST", "SR-absmax")
+    rows.append(regions.Precision("FP4:FP4-SR", "fp4", sr_times, sr_fit))
+    return regions.with_known_law(rows, "QuEST", "RTN-absmax")
+
+
+def evaluate(precisions, N, D):
+    """Predicts the loss of each precision at its own N and D."""
+    losses = []
+    drawn = []
+    for precision, params, tokens in zip(precisions, N, D):
+        n = np.log([params])
+        d = np.log([tokens])
+        losses.append(np.ravel(fitting.predict(precision.fit, n, d)))
+        drawn.append(law.log_loss(precision.fit.draws, n, d)[:, 0])
+    drawn = np.array(drawn)
+    wins = np.bincount(drawn.argmin(0), minlength=len(precisions))
+    return Answer(N, D, np.array(losses), wins / drawn.shape[1])
+
+
+def advise(runs, base, methods, speeds, N, D):
+    """
+    Prints the table of the three questions, the best precision for each budget, and how far
+    outside the runs all that is.
+    """
+    precisions = compared_precisions(base, methods, speeds)
+    speedups = [regions.speedups(speeds, precision.forward, precision.backward, "bf16", N)
+                for precision in precisions]
+    fw, tr = np.array(speedups).T
+    ones = np.ones(len(precisions))
+    same_run = evaluate(precisions, N * ones, D * ones)
+    same_training = evaluate(precisions, N * ones, D * tr)
+    same_both = evaluate(precisions, N * fw, D * tr / fw)
+
+    print(f"{format_count(N)} parameters, {format_count(D)} tokens ({D / N:.3g} a parameter); "
+          f"{speeds.name}: {speeds.source}\n")
+    print_table(precisions, fw, tr, same_run, same_training, same_both)
+    print_choice("training", precisions, same_training)
+    print_choice("inference and training", precisions, same_both)
     print()
-    if any(p.name == "FP8:FP8" and p.fit is base for p in rows): print("FP8 is given BF16's loss, as in the paper.")
-    for sentence in speeds.steps: print(sentence)
-    n, d, _ = runs[law.BF16]
-    asked = [outside("parameters", N, n), outside("tokens", D, d), outside("tokens a parameter", D / N, d - n)]
-    bought = [outside("parameters", max(both[0]), n), outside("tokens", max(train[1]), d)]
-    for what, far in ("The question", [*asked, speeds.outside(N)]), ("What the budgets buy", bought):
-        if any(far): print(f"{what} is EXTRAPOLATED: {'; '.join(filter(None, far))}.")
-    if any(asked + bought): print("The intervals do not know what the law gets wrong outside the runs.")
-    forward, backward = ("BF16", "QuEST", "fp8"), ("BF16", "RTN-absmax", "SR-absmax", "fp8")
-    most = min(max(runs[m][0]) for m in methods if m[0] in forward and m[1] in backward)
-    print(f"Efficiencies come from models of up to {human(np.exp(most))} parameters and are taken to hold for all.")
+    if any(row.name == "FP8:FP8" and row.fit is base for row in precisions):
+        print("FP8 is given BF16's loss, as in the paper.")
+    for sentence in speeds.steps:
+        print(sentence)
+    print_extrapolation(runs[law.BF16], speeds, N, D, max(same_both.N), max(same_training.D))
+    print_reach_of_efficiencies(runs, methods)
+
+
+def print_table(precisions, fw, tr, same_run, same_training, same_both):
+    print(f"{'':10s}  {'the same run':^35s}   {'the same training cost':^21s}   "
+          f"{'and the same inference cost':^30s}")
+    print(f"{'fwd:bwd':10s}  {'loss':>5s} {'90 %':^13s} {'training':>8s} {'infer.':>6s}   "
+          f"{'tokens':>7s} {'loss':>6s} {'best':>6s}   "
+          f"{'params':>7s} {'tokens':>7s} {'loss':>6s} {'best':>7s}")
+    for i, precision in enumerate(precisions):
+        loss, low, high = same_run.loss[i]
+        training_loss = same_training.loss[i, 0]
+        both_loss = same_both.loss[i, 0]
+        print(f"{precision.name:10s}  {loss:.3f}  {low:.3f}-{high:.3f} "
+              f"{1 / tr[i]:8.2f} {1 / fw[i]:6.2f}   "
+              f"{format_count(same_training.D[i]):>7s} {training_loss:6.3f} "
+              f"{same_training.share[i]:6.0%}   "
+              f"{format_count(same_both.N[i]):>7s} {format_count(same_both.D[i]):>7s} "
+              f"{both_loss:6.3f} {same_both.share[i]:7.0%}")
+    print("training, infer.: time relative to BF16. best: in which share of the law's draws its "
+          "loss is the lowest.\n"
+          "FP4 is QuEST forward, RTN-absmax backward (--precision fp4), or SR-absmax backward "
+          "(fp4-sr).\n")
+
+
+def print_choice(budget, precisions, answer):
+    """Prints the best precision for a budget, what comes next, and why."""
+    losses = answer.loss[:, 0]
+    # The sort is stable, so that BF16 comes before what is no better.
+    best, second = losses.argsort(kind="stable")[:2]
+    loss, low, high = answer.loss[best]
+    print(f"Fixed {budget} budget: {precisions[best].name}, loss {loss:.3f} "
+          f"({low:.3f}-{high:.3f}), the lowest in {answer.share[best]:.0%} of the draws; "
+          f"next {precisions[second].name}, {losses[second]:.3f}.")
+
+    N = answer.N[best]
+    D = answer.D[best]
+    eff_N, eff_D = np.exp(precisions[best].fit.theta[fitting.EFF])
+    if best == 0:
+        reason = "What is faster loses more than its speed can buy back"
+    else:
+        reason = (f"BF16's time pays for {format_count(N)} parameters on {format_count(D)} tokens")
+    if eff_N != 1 or eff_D != 1:
+        reason += (f", worth {format_count(N * eff_N)} on {format_count(D * eff_D)} of BF16 "
+                   f"(eff_N {eff_N:.2f}, eff_D {eff_D:.2f})")
+    print(f"    {reason}.")
+
+
+# ---- how far outside the runs
+
+def print_extrapolation(points, speeds, N, D, most_N, most_D):
+    """
+    Says what of the question, and of what the budgets pay for, lies outside the BF16 runs.
+
+    most_N and most_D are the most parameters and tokens that a precision affords.
+    """
+    n, d, _ = points
+    question = [
+        extrapolation("parameters", N, n),
+        extrapolation("tokens", D, d),
+        extrapolation("tokens a parameter", D / N, d - n),
+    ]
+    bought = [
+        extrapolation("parameters", most_N, n),
+        extrapolation("tokens", most_D, d),
+    ]
+    unmeasured = speeds.outside(N)
+    for subject, sentences in (("The question", [*question, unmeasured]),
+                               ("What the budgets buy", bought)):
+        outside = [sentence for sentence in sentences if sentence]
+        if outside:
+            print(f"{subject} is EXTRAPOLATED: {'; '.join(outside)}.")
+    if any(question + bought):
+        print("The intervals do not know what the law gets wrong outside the runs.")
+
+
+def print_reach_of_efficiencies(runs, methods):
+    """Says up to which size there are runs of every method that the table is made of."""
+    forward_methods = ("BF16", "QuEST", "fp8")
+    backward_methods = ("BF16", "RTN-absmax", "SR-absmax", "fp8")
+    largest = []
+    for forward, backward in methods:
+        if forward in forward_methods and backward in backward_methods:
+            n, _, _ = runs[forward, backward]
+            largest.append(max(n))
+    print(f"Efficiencies come from models of up to {format_count(np.exp(min(largest)))} "
+          "parameters and are taken to hold for all.")

@@ -1,59 +1,113 @@
 """
-Finished runs, one a line of a CSV file: params (without embedding and head), tokens, forward and backward precision
-(BF16 = not quantised), final validation loss. Other columns are ignored.
+Reads finished runs from a CSV file, one run a line.
 
     params,tokens,forward,backward,loss
     30482560,749993984,QuEST,BF16,3.48209
 
-Left out, and said: lines that start with #, and runs that diverged (the loss is nan, inf or empty). Anything else that
-is wrong stops with one sentence.
+The columns are the number of parameters (without embedding and head), the number of tokens, the
+precisions of the forward and of the backward pass (BF16 means that it is not quantised), and the
+final validation loss. Other columns are ignored.
 
-data/quartet.csv has the authors' runs; those of 1600 tokens a parameter are marked with #: the paper's Table 6 is
-fitted without them. data/quartet2.csv has the runs of Quartet II (another code base: compare within one file).
+Two kinds of line are left out, and the user is told: those that start with #, and runs that
+diverged (the loss is nan, inf or empty). Anything else that is wrong stops with one sentence.
+
+data/quartet.csv has the authors' runs. Those of 1600 tokens a parameter are marked with #, because
+the paper's Table 6 is fitted without them. data/quartet2.csv has the runs of Quartet II, which come
+from another code base: compare runs within one of the files only.
 """
-import csv, math, os
+import csv
+import math
+import os
 from collections import defaultdict
+from typing import NamedTuple
+
 import numpy as np
 
+from data.files import UserError, check
+
 PAPER = os.path.relpath(os.path.join(os.path.dirname(__file__), "data", "quartet.csv"))
-COLUMNS = "params", "tokens", "forward", "backward", "loss"
 
 
-class Stop(Exception):
-    """nothing sensible can be computed; the message is one sentence for the user"""
+class Run(NamedTuple):
+    """One line of a file; the fields are its columns."""
+    params: float
+    tokens: float
+    forward: str
+    backward: str
+    loss: float                         # NaN where the run diverged
 
 
-def check(ok, sentence):
-    if not ok: raise Stop(sentence)
+COLUMNS = Run._fields
 
 
 def read(path):
-    """{(forward, backward): (ln params, ln tokens, ln loss)}, an array each; and sentences on what was left out"""
-    try: lines = open(path, encoding="utf-8-sig").read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
-    header = [name.strip() for name in next(csv.reader(lines[:1]), [])]
-    missing = [name for name in COLUMNS if name not in header]
-    check(not missing, f"{path} has no column {', '.join(missing)}; its first line must name {','.join(COLUMNS)}")
-    points, seen, diverged = defaultdict(list), {}, []
-    marked = [str(number) for number, line in enumerate(lines, 1) if line.startswith("#")]
-    for number, line in enumerate(lines[1:], 2):
-        if not line.strip() or line.startswith("#"): continue
-        where, fields = f"{path}, line {number}", next(csv.reader([line]))
-        check(len(fields) == len(header), f"{where}: {len(fields)} fields, the first line has {len(header)}")
-        row = {name: value.strip() for name, value in zip(header, fields)}
-        method = row["forward"], row["backward"]
-        check(all(method), f"{where}: forward or backward is empty; what is not quantised is called BF16")
-        try: N, D, L = (float(row[name] or "nan") for name in ("params", "tokens", "loss"))
-        except ValueError as error: raise Stop(f"{where}: {error}")
-        check(0 < N < math.inf and 0 < D < math.inf, f"{where}: params and tokens must be positive, got {N:g}, {D:g}")
-        if not math.isfinite(L):
-            diverged.append(f"{where}, diverged: {line}")
+    """
+    Reads a file of runs. Raises UserError on the first thing that is wrong with it.
+
+    Returns {(forward, backward): (ln params, ln tokens, ln loss)}, each an array over the runs, and
+    a list of sentences on what was left out.
+    """
+    lines = read_lines(path)
+    header = read_header(path, lines)
+    commented = []
+    diverged = []
+    line_of_run = {}
+    points = defaultdict(list)
+    for number, line in enumerate(lines, 1):
+        if line.startswith("#"):
+            commented.append(str(number))
+        if number == 1 or not line.strip() or line.startswith("#"):
             continue
-        check(L > 0, f"{where}: a loss must be positive, got {L:g}")
-        key = N, D, *method
-        check(key not in seen, f"{where} repeats line {seen.get(key)}: one run of a kind, or the average of several")
-        seen[key] = number
-        points[method].append((N, D, L))
-    left_out = [f"{path}, lines marked with #: {', '.join(marked)}"] * bool(marked) + diverged
+        place = f"{path}, line {number}"
+        run = parse_run(place, header, line)
+        if not math.isfinite(run.loss):
+            diverged.append(f"{place}, diverged: {line}")
+            continue
+        check(run.loss > 0, f"{place}: a loss must be positive, got {run.loss:g}")
+        kind = run[:4]                  # all but the loss
+        check(kind not in line_of_run,
+              f"{place} repeats line {line_of_run.get(kind)}: one run of a kind, "
+              "or the average of several")
+        line_of_run[kind] = number
+        points[run.forward, run.backward].append((run.params, run.tokens, run.loss))
+    left_out = diverged
+    if commented:
+        left_out = [f"{path}, lines marked with #: {', '.join(commented)}", *diverged]
     return {method: tuple(np.log(np.array(rows).T)) for method, rows in points.items()}, left_out
+
+
+def read_lines(path):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise UserError(f"cannot read {path}: {reason}")
+
+
+def read_header(path, lines):
+    """Returns the names of the columns, from the first line."""
+    fields = next(csv.reader(lines[:1]), [])
+    header = [name.strip() for name in fields]
+    missing = [name for name in COLUMNS if name not in header]
+    check(not missing, f"{path} has no column {', '.join(missing)}; "
+                       f"its first line must name {','.join(COLUMNS)}")
+    return header
+
+
+def parse_run(place, header, line):
+    """Returns the Run of one line. place says where the line is, for an error."""
+    fields = next(csv.reader([line]))
+    check(len(fields) == len(header),
+          f"{place}: {len(fields)} fields, the first line has {len(header)}")
+    row = {name: value.strip() for name, value in zip(header, fields)}
+    method = (row["forward"], row["backward"])
+    check(all(method),
+          f"{place}: forward or backward is empty; what is not quantised is called BF16")
+    try:
+        N, D, L = (float(row[name] or "nan") for name in ("params", "tokens", "loss"))
+    except ValueError as error:
+        raise UserError(f"{place}: {error}")
+    check(0 < N < math.inf and 0 < D < math.inf,
+          f"{place}: params and tokens must be positive, got {N:g}, {D:g}")
+    return Run(N, D, *method, L)

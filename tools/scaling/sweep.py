@@ -1,88 +1,216 @@
 """
-A sweep of one's own. `sweep` trains sizes x tokens x (bf16, fp4) with quartet.py; interrupted, it continues with the
-first run that is not finished. On a GPU it is a small real one; on a CPU a toy of minutes, with a law of its own that
-its intervals call uncertain. `collect` turns the logs of finished runs into the fit's input.
+Trains a sweep for a law of your own, and collects finished runs as the input of the fit.
+
+`sweep` trains sizes x tokens x (bf16, fp4) with quartet.py. If it is interrupted, it continues with
+the first run that is not finished. On a GPU it is a small real sweep; on a CPU it is a toy of
+minutes, with a law of its own that its intervals call uncertain. `collect` turns the logs of
+finished runs into a file that the fit reads.
 """
-import glob, math, os
+import glob
+import math
+import os
+from types import SimpleNamespace
+
 import torch
+
 import quartet
-from data import prepare, tokens
-from fp4 import AXES
-from model import SIZES
-from scaling.logs import read
-from scaling.runs import COLUMNS, Stop, check
-from scaling.speeds import params
+from data import prepare
+from data.files import check
+from fp4.recipes import AXES
+from model import PRESETS, Preset, count_params
+from tools.run import read_log
+from tools.scaling.runs import COLUMNS
 
-# layers, width, heads, lr: below tiny; with one layer and a small vocabulary size matters within minutes
-TOY = {f"toy{C}": (1, C, 1, .256 / C) for C in (32, 64, 128)}
-SWEEPS = {  # sizes, tokens, corpus, its vocabulary if not the usual one, flags
-    "cpu":  (TOY, (2**16, 3 * 2**15, 2**17, 2**18), "stdlib", 320, ("--seq", "128", "--batch", "4")),
-    "cuda": (("30M", "50M", "100M"), (25e6, 50e6, 100e6, 200e6), "python", 0, ("--batch", "256", "--compile"))}
+# Sizes below tiny: with one layer and a small vocabulary, size matters within minutes.
+TOY = {
+    "toy32": Preset(n_layer=1, n_embd=32, n_head=1, lr=.256 / 32),
+    "toy64": Preset(n_layer=1, n_embd=64, n_head=1, lr=.256 / 64),
+    "toy128": Preset(n_layer=1, n_embd=128, n_head=1, lr=.256 / 128),
+}
+# By device: sizes, tokens, corpus, the corpus' vocabulary (0: as quartet.py chooses), flags.
+SWEEPS = {
+    "cpu": (
+        ("toy32", "toy64", "toy128"),
+        (2**16, 3 * 2**15, 2**17, 2**18),
+        "stdlib",
+        320,
+        ("--seq", "128", "--batch", "4"),
+    ),
+    "cuda": (
+        ("30M", "50M", "100M"),
+        (25e6, 50e6, 100e6, 200e6),
+        "python",
+        0,
+        ("--batch", "256", "--compile"),
+    ),
+}
+# Rows of fp4/recipes.py in the words of the authors' runs: (forward, backward). Any other row is a
+# method of its own, forward and backward.
+METHODS = {
+    "bf16": ("BF16", "BF16"),
+    "fp4": ("QuEST", "RTN-absmax"),
+    "fp4-sr": ("QuEST", "SR-absmax"),
+    "fp4-fwd": ("QuEST", "BF16"),
+    "fp4-bwd": ("BF16", "RTN-absmax"),
+}
+STOPPED_BY_CTRL_C = 130                 # an exit code of quartet.run_cli
 
-# a row of fp4/recipes.py in the words of the authors' runs; any other row is a method of its own, forward and backward
-METHODS = {"bf16": ("BF16", "BF16"), "fp4": ("QuEST", "RTN-absmax"), "fp4-sr": ("QuEST", "SR-absmax"),
-           "fp4-fwd": ("QuEST", "BF16"), "fp4-bwd": ("BF16", "RTN-absmax")}
 
+class Unfinished(Exception):
+    """Says in a sentence why a log is not one of a finished run."""
+
+
+# ---- training
 
 def sweep(out, data=""):
-    sizes, budgets, corpus, vocab, flags = SWEEPS["cuda" if torch.cuda.is_available() else "cpu"]
-    SIZES.update(TOY)                                           # here only: they serve nothing else
-    if not torch.cuda.is_available(): torch.set_num_threads(1)  # on a busy machine two are many times slower
-    try: data = data or (prepare.prepare(corpus, vocab, out=os.path.join(out, "corpus")) if vocab else corpus)
-    except tokens.DataError as error: raise Stop(str(error))
+    """
+    Trains what is missing of the sweep for this machine, in folders under `out`.
+
+    data is a corpus of quartet.py, in place of the sweep's own. Raises UserError when the sweep is
+    stopped.
+    """
+    on_gpu = torch.cuda.is_available()
+    sizes, budgets, corpus, vocab, flags = SWEEPS["cuda" if on_gpu else "cpu"]
+    PRESETS.update(TOY)                 # This happens here only: nothing else has use for them.
+    if not on_gpu:
+        torch.set_num_threads(1)        # On a busy machine two threads are many times slower.
+    if not data:
+        data = corpus
+        if vocab:
+            data = prepare.prepare(corpus, vocab, out=os.path.join(out, "corpus"))
     for budget in budgets:
         for size in sizes:
             for precision in ("bf16", "fp4"):
-                name = f"{size}-{precision}-{budget / 1e6:.3g}M"
-                log = os.path.join(out, name, "log.csv")
-                if os.path.exists(log) and isinstance(finished(log), dict): continue
-                code = quartet.cli(["--size", size, "--precision", precision, "--tokens", f"{budget:.0f}", "--out", out,
-                                    "--name", name, "--data", data, "--eval_every", "1000000", *flags])
-                check(code != 130 and os.path.exists(log), f"stopped at {name}; the same command continues there")
+                train_run(out, size, precision, budget, data, flags)
 
 
-def method(config):
-    """(forward, backward) of a run; an axis that was changed is part of the names"""
-    forward, backward = METHODS.get(config["precision"], (config["precision"],) * 2)
-    changed = "".join(f" {axis}={config[axis]}" for axis in AXES if config.get(axis))
-    return tuple(name if name == "BF16" else name + changed for name in (forward, backward))
+def train_run(out, size, precision, budget, data, flags):
+    """Trains one run on `budget` tokens, unless it is finished."""
+    name = f"{size}-{precision}-{budget / 1e6:.3g}M"
+    log_path = os.path.join(out, name, "log.csv")
+    if is_finished(log_path):
+        return
+    code = quartet.run_cli([
+        "--size", size,
+        "--precision", precision,
+        "--tokens", f"{budget:.0f}",
+        "--out", out,
+        "--name", name,
+        "--data", data,
+        "--eval_every", "1000000",      # This leaves the first and the last evaluation.
+        *flags,
+    ])
+    check(code != STOPPED_BY_CTRL_C and os.path.exists(log_path),
+          f"stopped at {name}; the same command continues there")
 
 
-def finished(path):
-    """the run of one log.csv as a line of the fit's input, or a sentence on why it is none"""
+# ---- collecting
+
+def is_finished(log_path):
     try:
-        log = read(path)
-        config, vals = log.config, log.vals
-        layers, C, _, _ = (SIZES | TOY)[config["size"]]
-        N, a_step = params(layers, C), config["batch"] * config["seq"]
-        steps = config["steps"] or int((config["tokens"] or config["tokens_per_param"] * N) // a_step)
-        done = log.history[-1][0] if log.history else 0
-        forward, backward = method(config)
-        run = dict(params=N, tokens=steps * a_step, forward=forward, backward=backward, loss=vals and vals[-1],
-                   run=os.path.dirname(path), data=config["data"], seq=config["seq"])
-    except (OSError, ValueError) as error: return str(error)
-    except (KeyError, TypeError) as error: return f"not a log of quartet.py ({type(error).__name__}: {error})"
-    if done < steps: return f"ended at step {done} of {steps}: interrupted or diverged"
-    if not (vals and math.isfinite(vals[-1])): return "diverged: no finite validation loss at the end"
-    if vals[-1] > vals[0]: return f"diverged: validation loss {vals[0]} at first, {vals[-1]} at the end"
-    return run
+        read_finished(log_path)
+    except Unfinished:
+        return False
+    return True
+
+
+def read_finished(log_path):
+    """Returns a log.csv as a row of the fit's input. Raises Unfinished where it cannot be one."""
+    try:
+        log = read_log(log_path)
+        steps, row = describe_run(log.config)
+    except (OSError, ValueError) as error:
+        raise Unfinished(str(error))
+    except (KeyError, TypeError, AttributeError) as error:      # A setting is missing in the log.
+        raise Unfinished(f"not a log of quartet.py ({type(error).__name__}: {error})")
+
+    done = log.history[-1].step if log.history else 0
+    if done < steps:
+        raise Unfinished(f"ended at step {done} of {steps}: interrupted or diverged")
+    if not log.vals or not math.isfinite(log.vals[-1]):
+        raise Unfinished("diverged: no finite validation loss at the end")
+    first, last = log.vals[0], log.vals[-1]
+    if last > first:
+        raise Unfinished(f"diverged: validation loss {first} at first, {last} at the end")
+    row["loss"] = last
+    row["run"] = os.path.dirname(log_path)
+    return row
+
+
+def describe_run(config):
+    """
+    Returns the length of a run in steps, and its row of the fit's input.
+
+    config is the log's. The row has its columns in order, the loss and the folder still empty.
+    """
+    cfg = SimpleNamespace(**config)
+    preset = (PRESETS | TOY)[cfg.size]
+    n_params = count_params(preset.n_layer, preset.n_embd)
+    steps = quartet.n_steps(cfg, n_params)
+    forward, backward = method_names(config)
+    row = {
+        "params": n_params,
+        "tokens": steps * cfg.batch * cfg.seq,
+        "forward": forward,
+        "backward": backward,
+        "loss": math.nan,
+        "run": "",
+        "data": cfg.data,
+        "seq": cfg.seq,
+    }
+    return steps, row
+
+
+def method_names(config):
+    """Returns (forward, backward) of a run; an axis that was changed is part of the names."""
+    precision = config["precision"]
+    forward, backward = METHODS.get(precision, (precision, precision))
+    changes = "".join(f" {axis}={config[axis]}" for axis in AXES if config.get(axis))
+    if forward != "BF16":
+        forward += changes
+    if backward != "BF16":
+        backward += changes
+    return forward, backward
 
 
 def collect(patterns):
-    """-> (rows, sentences on what was left out); refuses to mix corpora: their losses do not compare"""
-    rows, left_out, seen = [], [], {}
-    paths = [path for pattern in patterns for path in glob.glob(pattern) or [pattern]]
-    for path in sorted(paths, key=os.path.dirname):             # NAME before NAME.1, an earlier run that was set aside
-        run = finished(path)
-        key = isinstance(run, dict) and tuple(run[column] for column in COLUMNS[:4])
-        if not key: left_out.append(f"{path}: {run}")
-        elif key in seen: left_out.append(f"{path}: the same run as {seen[key]}")
-        else:
-            seen[key] = run["run"]
-            rows.append(run)
+    """
+    Reads the logs that these patterns match.
+
+    Returns the rows of the finished runs, and sentences on what was left out. Raises UserError if
+    there is no such run, or if the runs mix corpora or lengths of sequences: their losses do not
+    compare.
+    """
+    paths = []
+    for pattern in patterns:
+        paths += glob.glob(pattern) or [pattern]
+    # By folder, NAME comes before NAME.1, which is an earlier run that was set aside.
+    paths.sort(key=os.path.dirname)
+
+    rows = []
+    left_out = []
+    folder_of_run = {}
+    for path in paths:
+        try:
+            row = read_finished(path)
+        except Unfinished as reason:
+            left_out.append(f"{path}: {reason}")
+            continue
+        kind = tuple(row[column] for column in COLUMNS[:4])     # all but the loss
+        if kind in folder_of_run:
+            left_out.append(f"{path}: the same run as {folder_of_run[kind]}")
+            continue
+        folder_of_run[kind] = row["run"]
+        rows.append(row)
     check(rows, f"there is no finished run: {'; '.join(left_out)}")
-    for what in "data", "seq":
-        values = {run[what]: run["run"] for run in rows}
-        check(len(values) == 1, f"these runs differ in --{what} and cannot obey one law: "
-                                + ", ".join(f"{value} in {run}" for value, run in values.items()))
+    check_same(rows, "data")
+    check_same(rows, "seq")
     return rows, left_out
+
+
+def check_same(rows, setting):
+    """Raises UserError if the runs differ in a setting that changes what a loss means."""
+    folder_of_value = {row[setting]: row["run"] for row in rows}
+    values = ", ".join(f"{value} in {folder}" for value, folder in folder_of_value.items())
+    check(len(folder_of_value) == 1,
+          f"these runs differ in --{setting} and cannot obey one law: {values}")
