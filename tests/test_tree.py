@@ -1,5 +1,6 @@
 """Facts about the source tree: which module may import which, and the reading budget."""
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_the_reading_budget_holds():
     command = [sys.executable, "tools/style.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_reading_order_of_the_readme_tells_the_length_of_the_files():
+    rows = re.findall(r"^\| (\[.*?) \| (\d+) \| \d+ \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 8
+    for links, lines in rows:
+        paths = re.findall(r"\]\((.*?)\)", links)
+        actual = sum((ROOT / path).read_text().count("\n") for path in paths)
+        assert abs(int(lines) - actual) <= actual / 10, links
 
 
 OVER = {
