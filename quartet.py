@@ -29,7 +29,7 @@ from tools.cli import flag
 # ---- settings
 
 def axis_flag(axis):
-    """A flag that changes one column of the precision's row, for one run."""
+    """A flag that changes the precision's row for one run."""
     return flag("", "changes the row: " + " | ".join(AXES[axis]))
 
 
@@ -37,7 +37,7 @@ def axis_flag(axis):
 class Settings:
     """Every flag of the command line: its type, its default and its meaning."""
 
-    # Which products are quantised, and how. Comma lists here make an ablation.
+    # Which products are quantised, and how. A comma list makes an ablation.
     precision: str = flag("fp4", "a row of fp4/recipes.py; a comma list, or all, trains each")
     keep_first: int = flag(0, "number of blocks at the beginning that are not quantised")
     keep_last: int = flag(0, "number of blocks at the end that are not quantised")
@@ -82,8 +82,9 @@ class Settings:
     sample: str = flag("", "do not train: continue this text with the run's checkpoint")
     sample_tokens: int = flag(200, "length of a sample in tokens")
 
-    # Changes to the precision's row: columns, and products to switch on or off. One value, or three
-    # for forward:dgrad:wgrad; fp4/recipes.py explains them.
+    # Changes to the precision's row, which fp4/recipes.py explains: five columns, with one value or
+    # three for forward:dgrad:wgrad, and three products to switch on or off. A comma list makes an
+    # ablation here, too.
     format: str = axis_flag("format")
     scale: str = axis_flag("scale")
     rotation: str = axis_flag("rotation")

@@ -1,13 +1,14 @@
 """
 The choice of the product alpha * a @ b.T of packed matrices: which one a GPU runs.
 
-Only Blackwell has FP4 units. Elsewhere the product runs in a wider format that holds every MXFP4
-value, FP8, BF16 or FP32. FP8 has two formats: E4M3, with 4 bits of exponent and 3 of mantissa, and
+Only Blackwell has FP4 units. Elsewhere the product runs in a wider format that holds MXFP4's
+values: FP8, BF16 or FP32. FP8 has two formats: E4M3, with 4 bits of exponent and 3 of mantissa, and
 E5M2. A block's scale is a power of two and fits into the exponent: 2**s * E2M1 is a value of E4M3
 for 15 consecutive s, and of E5M2 for 29. So an FP8 product has MXFP4's exact operands as long as
 blocks that share an FP8 scale are not further apart than that.
 
-    Hopper          gemm_sm90.cu, ours; the scale of 128 values is shared (kernels/fp8_tiles.cuh)
+    Hopper          gemm_sm90.cu, ours; 128 values of a row share a scale on the left, and 32 rows
+                    of them on the right (kernels/fp8_tiles.cuh)
     Ada             torch._scaled_mm in FP8; all values of a row share a scale
     Ampere          torch.mm in BF16
     before Ampere   gemm_fp32.cu, ours
@@ -96,7 +97,7 @@ def gemm_on_fp8(a, a_scales, b, b_scales, alpha, dtype):
 
 
 def gemm_on_bf16(a, a_scales, b, b_scales, alpha, dtype):
-    """alpha * a @ b.T on BF16 tensor cores; BF16 holds every MXFP4 value."""
+    """alpha * a @ b.T on BF16 tensor cores; BF16 holds MXFP4's values."""
     a = torch.ops.fp4.dequantize(a, a_scales, torch.bfloat16)
     b = torch.ops.fp4.dequantize(b, b_scales, torch.bfloat16)
     return (alpha * torch.mm(a, b.T, out_dtype=torch.float32)).to(dtype)

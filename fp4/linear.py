@@ -20,10 +20,11 @@ over. There it cancels, up to what was rounded: (x H) (w H).T = x H H.T w.T = x 
 in the backward pass so that rounding errs differently in every step, and errors average out.
 
 Why two quantisers? The forward pass wants the smallest error and may clip large values: QuEST. The
-backward pass wants errors that are zero on average (no bias), because they add up over many layers
-and steps; so it must not clip. Q scales by a power of two that brings the largest value of a block
-into [4, 8), where 6 is the end of the grid, and then by 3/4, into [3, 6). A product of two such
-operands is 9/16 of what it should be, and is multiplied by 16/9.
+backward pass wants errors that are near zero on average (little bias), because they add up over
+many layers and steps; so it must not clip. Q rounds to nearest, or stochastically. It scales by a
+power of two that brings the largest value of a block into [4, 8), where 6 is the end of the grid,
+and then by 3/4, into [3, 6). A product of two such operands is 9/16 of what it should be, and is
+multiplied by 16/9.
 
 The gradient of rounding is zero almost everywhere, so the backward pass pretends that rounding
 changed nothing (a "straight-through estimator"). Where a value was clipped it does not: moving
@@ -33,8 +34,9 @@ dgrad multiplies with wq, which is rotated along K, so dx comes out rotated alon
 The mask belongs to rotated values too. So dx and dw are masked first, and only then is H undone.
 
 What is saved for the backward pass? The two packed operands, 4.25 bits a value, and a mask with one
-bit a value that is 1 where it was not clipped. Nothing is saved in high precision. That is why the
-backward pass quantises wq and xq once more, along another axis, instead of w and x.
+bit a value that is 1 where it was not clipped. Nothing is saved in high precision (but see
+recompute at Linear). That is why the backward pass quantises wq and xq once more, along another
+axis, instead of w and x.
 """
 import torch
 import torch.nn as nn
@@ -62,8 +64,8 @@ class QuartetMatmul(torch.autograd.Function):
         wq, w_mask = w_quantized
         y, xq, x_mask = ops.quantize_gemm(x, recipe.forward_scale, wq)
 
-        # With recompute, a compiled model does not keep xq. It is given x, which torch.compile does
-        # not keep either (see backward), but computes again from what other layers keep.
+        # With recompute, a compiled model does not keep xq. The backward pass is given x instead,
+        # which is not kept either (see there) but computed again from what other layers keep.
         ctx.recomputes_x = recompute and torch.compiler.is_compiling()
         saved_x = (x,) if ctx.recomputes_x else (*xq, x_mask)
         ctx.save_for_backward(*wq, w_mask, *saved_x)
@@ -77,8 +79,9 @@ class QuartetMatmul(torch.autograd.Function):
         wq = Packed(*saved[:2])
         w_mask = saved[2]
         if ctx.recomputes_x:
-            # torch.compile keeps every tensor that an op of ours reads, so it would keep x. It does
-            # not keep x * 1.0: it repeats cheap arithmetic, and with it what led to x.
+            # torch.compile keeps a tensor that an op of ours reads in the backward pass, and would
+            # keep x. But x * 1.0 is plain arithmetic, which it prefers to repeat in the backward
+            # pass. For that it computes x, too, once more, from tensors that it keeps in any case.
             xq, x_mask = ops.quantize_forward(saved[3] * 1.0, ctx.recipe.forward_scale)
         else:
             xq = Packed(*saved[3:5])
@@ -129,10 +132,11 @@ class Linear(nn.Linear):
     recipe      what recipe("fp4") of recipes.py returns
     backend     what build() returns; None: call it, if the recipe has kernels
     recompute   for a layer whose input is cheap to compute again: when the model is compiled, the
-                backward pass computes and quantises x once more, and neither x nor xq is kept.
-                It has no effect otherwise
+                backward pass computes and quantises x once more, from what other layers keep,
+                and this layer keeps neither x nor xq. It has no effect otherwise
 
-    Raises ValueError unless both feature counts are multiples of the recipe's (MXFP4: 32).
+    Raises ValueError unless both feature counts are multiples of 32 (of 16 if the recipe is
+    emulated, and any number if nothing is quantised).
     """
 
     def __init__(self, in_features, out_features, recipe, recompute=False, backend=None):
@@ -177,7 +181,7 @@ class Linear(nn.Linear):
     def quantize_weight(self):
         """Makes the stored copy of the weight, which serves until the weight changes.
 
-        The copy stays in the same memory, where compiled and captured graphs expect it.
+        The copy stays in the same memory, where compiled code and CUDA graphs expect it.
         """
         new = self.quantized_now()
         if self.stored_weight is None:

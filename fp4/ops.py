@@ -16,8 +16,10 @@ Shapes: M is a number of rows, K of columns, in blocks of 32. A packed matrix is
 scales [M, K/32]; reference.py explains both. The operands of a gradient's product have a format:
 
     "packed"    as above
-    "fp8"       tiles of FP8 values and a scale for each row of a tile (kernels/fp8_tiles.cuh)
-    "mxf4"      packed codes, and the scales in tiles (kernels/scale_tiles.cuh)
+    "fp8"       tiles of FP8 values, and a scale for each row of a tile or for 32 of them
+                (kernels/fp8_tiles.cuh)
+    "mxf4"      packed codes, and the scales in tiles, as Blackwell's instruction of this name wants
+                them (kernels/scale_tiles.cuh)
 
 A GPU's backend (backend.py) says which one its product wants, so that the quantisers write it.
 """

@@ -3,12 +3,14 @@ The table of precisions: one row for each value of --precision.
 
 A linear layer computes three matrix products: forward y = x w.T, dgrad dx = dy w, and wgrad
 dw = dy.T x. A row says for each of them how its two operands are quantised along the axis that is
-summed over; None means not at all. Each column of a row can be changed for one run, as in
+summed over. None leaves a product unquantised; in dgrad and wgrad it still reads the quantised w
+and x of the forward product. Each column of a row can be changed for one run, as in
 recipe("fp4", scale="nearest") or --scale nearest. A single value changes the products named at
 CHANGES below; three values, --rotation 32:none:128, are for forward, dgrad and wgrad.
 
-A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). Any other is emulated in
-PyTorch (emulate/matmul.py), and so are the methods that no columns describe (emulate/baselines.py).
+A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). Any other quantised row is
+emulated in PyTorch (emulate/matmul.py), and so are the methods that no columns describe
+(emulate/baselines.py); only fp8 has products of its own (emulate/fp8.py).
 A row of your own is RECIPES["mine"] = Recipe(...), as the README shows.
 """
 from typing import NamedTuple
@@ -131,18 +133,18 @@ RECIPES = {
 
     # Quartet as last published, and variants of it.
     "fp4":           Recipe(QUEST, ABSMAX, ABSMAX),             # 2505.14669v4, Algorithm 1
-    "fp4-sr":        Recipe(QUEST, STOCHASTIC, STOCHASTIC),     # the paper's v1, truly random signs
+    "fp4-sr":        Recipe(QUEST, STOCHASTIC, STOCHASTIC),     # stochastic, as in the paper's v1
     "fp4-fwd":       Recipe(QUEST),                             # only the forward product is 4-bit
     "fp4-bwd":       Recipe(None, ABSMAX, ABSMAX),              # the opposite
     "fp4-original":  Recipe(QUEST, ORIGINAL, ORIGINAL),         # the authors' main branch, default
     "fp4-pma":       Recipe(QUEST, PMA, PMA),                   # corrects the mean shrinkage
 
     # FP8: E4M3 forward, E5M2 gradients and a scale for each tensor; and E4M3 everywhere.
-    "fp8":           Recipe(method="fp8"),                      # emulate/fp8.py
+    "fp8":           Recipe(method="fp8"),                      # real FP8 products: emulate/fp8.py
     "mxfp8":         Recipe(MXFP8, MXFP8_GRAD, MXFP8_GRAD),     # OCP Microscaling v1.0
 
     # Other authors' methods for NVFP4.
-    "nvfp4":         Recipe(NVFP4_SQUARE, NVIDIA_DGRAD, NVIDIA_WGRAD),  # 2509.25149, in all layers
+    "nvfp4":         Recipe(NVFP4_SQUARE, NVIDIA_DGRAD, NVIDIA_WGRAD),  # 2509.25149, in all blocks
     "four-over-six": Recipe(SQUARE_46, NVIDIA_DGRAD, NVIDIA_WGRAD),     # 4/6 forward, 2601.22813
     "tetrajet2":     Recipe(NVFP4, TETRAJET, TETRAJET),         # simplified, 2601.22813, section 6
     "quartet2":      Recipe(FOUR_SIX, EDEN, EDEN),              # MS-EDEN backward, 2601.22813

@@ -1,6 +1,6 @@
 """
-THE DEFINITION of MXFP4 and of Quartet's two quantisers, in plain PyTorch. Every quantiser of this
-folder must give the same bytes, and every product the same numbers up to the rounding of its sum.
+THE DEFINITION of MXFP4 and of Quartet's two quantisers, in plain PyTorch. The kernels' quantisers
+must give the same bytes, and their products the same numbers up to the rounding of a sum.
 This file is slow on purpose: it is the oracle of every test.
 
 MXFP4 (OCP Microscaling v1.0) holds a number in 4 bits. Such a code is named E2M1: a sign, 2 bits
@@ -29,8 +29,8 @@ each block, which spreads a single large number over all 32. Then they differ in
                          brings into [3, 6): nothing is clipped. Above, 6.4 becomes 4.8, rounded 4,
                          and stands for 4 / (3/4) * 2**-5 = .1667
 
-The order of every sum is fixed (a butterfly, as 32 lanes of a GPU would add), so that tests ask for
-==, never for "close". A fused multiply-add anywhere would break that.
+In the quantisers the order of every sum is fixed (a butterfly, as 32 lanes of a GPU would add), so
+that tests ask for ==, never for "close". A fused multiply-add anywhere would break that.
 """
 import torch
 import torch.nn.functional as F
@@ -197,7 +197,7 @@ def quantize_forward(x, scale):
     deviation. But a scale must be a power of two: scale "floor" takes the one below the best, and
     "nearest" the one whose logarithm is nearest.
 
-    Returns codes, scales, and a mask int32 [M, K/32], one bit for each value that did not clip.
+    Returns codes, scales, and a mask int32 [M, K/32], a bit per value: 1 where it did not clip.
     """
     check(scale in ("floor", "nearest"), f"scale must be floor or nearest, got {scale}")
     v = hadamard(blocks(x))

@@ -346,3 +346,29 @@ def test_an_op_takes_no_matrix_it_would_misread():
         ops.quantize_forward(x.T, "floor")
     with pytest.raises(RuntimeError, match="mask"):
         ops.unrotate(x, torch.zeros(64, 3, dtype=torch.int32), torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_op_makes_no_output_of_a_dtype_it_would_misread(device):
+    codes, scales = to_device(device, *random_packed(32, 64))
+    d = torch.randn(32, 64, device=device)
+    mask = torch.zeros(32, 2, dtype=torch.int32, device=device)
+    calls = [
+        lambda: ops.dequantize(codes, scales, torch.float16),
+        lambda: ops.unrotate(d, mask, torch.float16),
+        lambda: ops.gemm(codes, scales, codes, scales, 1.0, torch.float16),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="dtype must be float32 or bfloat16"):
+            call()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("M, N, K", [(0, 64, 1024), (1, 40, 4096), (3, 8, 2048)])
+def test_a_product_without_rows_or_with_part_of_a_block_of_columns_is_whole(M, N, K, device):
+    a = random_packed(M, K)
+    b = random_packed(N, K)
+    got = ops.gemm(*to_device(device, *a, *b), 1.0, torch.float32).cpu()
+    exact = reference.gemm(*a, *b, 1.0, torch.float32)
+    assert got.shape == (M, N)
+    assert torch.allclose(got, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max() if M else 1))

@@ -123,7 +123,7 @@ class Run(NamedTuple):
 
     @property
     def ended(self):
-        """Is there nothing left to train, because the run was finished or diverged?"""
+        """Is there nothing left to train, because the run was finished or is broken?"""
         return bool(self.date) or self.broken
 
     @property

@@ -26,7 +26,8 @@ R and w R; there they are masked where the forward pass clipped, and only then i
 
 Axes are padded with zeros to whole blocks and whole rotations. Factors that bfloat16 cannot hold
 are applied after the product, so that the rounded values are exact in bfloat16 (except those of
-INT4). On a GPU, dw is rounded to bfloat16 once, as it is in any BF16 training.
+INT4, and of w and x where dgrad and wgrad take them over). With bfloat16 activations, dw is rounded
+to bfloat16 once, as it is in any BF16 training.
 """
 from typing import NamedTuple
 

@@ -38,10 +38,10 @@ Three ways of rounding:
                  unbiased too, at almost the error of nearest
 
 A quantiser takes v [R, K] in float32 and returns values, factor and mask, with v ~= values *
-factor. The factor, [1, 1] or [R, 1], is what a format holds beside its blocks: the float32 scale
-of a tensor, the 4/3 that undoes Quartet's 3/4, or the S of a row. It is applied after the product,
-so that the values stay exact in bfloat16. The mask says what did not clip, where a rule clips on
-purpose; it is None where all gradients pass. A NaN or Inf makes its whole block NaN.
+factor. The factor, [1, 1] or [R, 1], is what a format holds beside its blocks: the float32 scale of
+a tensor, the 4/3 that undoes Quartet's 3/4, or the S of a row. It is applied after the forward
+product, so that the values stay exact in bfloat16. The mask says what did not clip, where a rule
+clips on purpose; it is None where all gradients pass. A NaN or Inf makes its whole block NaN.
 
 All of this is written for torch.compile: exponents are read by bit operations, and sums are such
 that their order cannot be seen, so that compiled and eager code round alike.
@@ -158,7 +158,7 @@ def eden_correction(vv, vq): return torch.where(vq == 0, 1., vv / vq)
 # int32 [..., 1].
 
 def quest_scale(blocks):
-    """Returns the scale with the least squared error for a Gaussian of that deviation (QuEST)."""
+    """Returns the scale with the least squared error for a Gaussian with a block's deviation."""
     n = blocks.shape[-1]
     mean = total(blocks) / n
     variance = (total(blocks * blocks) / n - mean.square()).clamp_min(0)
@@ -246,7 +246,7 @@ def block_scale(blocks, spec, grid):
 # The element that a block's largest value is scaled to, by rounding. A block's scale is E4M3 and
 # may have been rounded down, by 1/17 at most, after which the largest element would be above 6.
 # Stochastic rounding must not clip and leaves room for that. EDEN may clip a little: the authors
-# of 2601.22813 found the smallest error at 1/.93 of that.
+# of 2601.22813 found the smallest error at 1/.93 of that value.
 LARGEST_ELEMENT = {"nearest": 6, "stochastic": 6 * 16 / 17, "eden": 6 * 16 / 17 / .93}
 
 

@@ -113,7 +113,6 @@ std::tuple<Tensor, Tensor> requantize_transposed(
 
 Tensor dequantize(const Tensor& codes, const Tensor& scales, ScalarType dtype) {
   check_packed(codes, scales);
-  CHECK(is_float_or_bfloat16(dtype), "dtype must be float32 or bfloat16");
   const int64_t M = codes.size(0);
   const int64_t K = 2 * codes.size(1);
   Tensor x = new_matrix(codes, M, K, dtype);

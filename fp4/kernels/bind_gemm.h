@@ -57,7 +57,7 @@ void register_gemm(Library& library) {
 
 #elif defined(GEMM_SM90) || defined(GEMM_MXF4)
 
-// ---- what differs between Hopper and Blackwell: five definitions with the same names
+// ---- what differs between Hopper and Blackwell: six definitions with the same names
 //
 //   LEFT, RIGHT           the formats of the operands
 //   new_left_operand()    allocates what quantize_forward_operand() writes
@@ -102,6 +102,8 @@ Operand to_gemm_operand(
 void check_gemm_operand(const Operand& operand, int64_t rows, OperandFormat format) {
   check_tensor(operand.values, "an operand", 3, ScalarType::Byte);
   check_tensor(operand.scales, "its scales", 3, ScalarType::Float);
+  check_aligned(operand.values, "an operand");
+  check_aligned(operand.scales, "its scales");
   const int64_t tile_rows = mxfp4::ceil_div(rows, FP8_TILE_SIDE);
   const int64_t tile_columns = operand.values.size(1);
   const auto has_shape = [=](const Tensor& t, int64_t per_tile) {
@@ -238,8 +240,8 @@ Tensor gemm_cuda(
 }
 
 // x [M, K] and b [N, K], which is packed -> the quantised x @ b.T [M, N]; codes, scales and mask
-// of x. The quantiser writes x twice, packed for the backward pass and as the product's operand,
-// and so saves the pass that would read the packed matrix again.
+// of x. The quantiser writes x packed, for the backward pass, and what the product's operand needs
+// besides (ops.h), and so saves the pass that would read the packed matrix again.
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_gemm(
     const Tensor& x,
     std::string scale,

@@ -143,6 +143,7 @@ OperandFormat parse_operand_format(const std::string& name, OperandFormat fp8) {
 // ---- the data of a tensor
 
 FloatMatrix float_matrix(const Tensor& x) {
+  CHECK(is_float_or_bfloat16(x.scalar_type()), "dtype must be float32 or bfloat16");
   void* data = x.data_ptr();
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   return {data, is_bf16};

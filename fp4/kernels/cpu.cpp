@@ -2,8 +2,8 @@
 The operations on the CPU, byte for byte those of reference.py. bind.cpp has checked all arguments.
 
 A block of MXFP4 is 32 neighbouring values with one scale. Here 16 blocks are worked on side by
-side: v[i][w] is element i of block w. The innermost loop of everything that costs time therefore
-runs over the 16 values of w, which do not depend on one another, and the compiler makes vector
+side: v[i][w] is element i of block w. The innermost loop of all arithmetic that costs time runs
+over the 16 values of w, which do not depend on one another, and the compiler makes vector
 instructions of it. A thread takes a range of such groups of blocks.
 */
 #include <torch/csrc/stable/ops.h>  // parallel_for, which runs on torch's own threads

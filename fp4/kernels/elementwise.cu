@@ -1,5 +1,5 @@
 /*
-Two simple kernels in which a thread owns a block of 32 and nothing is shared between blocks:
+Two simple kernels in which a thread owns a block of 32 and needs no other block:
 
     dequantize      packed -> values
     unrotate        a gradient d in the rotated basis -> (d * mask) H

@@ -1,12 +1,12 @@
 /*
-FP8 tiles, the operand format of gemm_sm90.cu: an exact copy of an MXFP4 matrix, for tensor cores
-that have no FP4.
+FP8 tiles, the operand format of gemm_sm90.cu: the values of an MXFP4 matrix for tensor cores that
+have no FP4. They are exact but for blocks far smaller than their neighbours (see below).
 
 Layout. A matrix [M, K] becomes [ceil(M/128), ceil(K/128)] tiles of 128 rows x 128 bytes, a byte a
 value. A row is eight chunks of 16 bytes, and chunk c of row r is stored at position c ^ (r % 8).
 This is the "128-byte swizzle" in which Hopper's tensor cores read shared memory: without it, the
 same chunk of eight rows would lie in the same memory banks, and they would be read one after the
-other. Since a tile is stored as it will be read, one plain copy of 16 KB, without a descriptor,
+other. Since a tile is stored as it will be read, one plain copy of 16 KB, without a tensor map,
 brings it into shared memory. Values beyond M and K are zero.
 
 Values. An MXFP4 block is 2^e * E2M1, and its scale 2^e moves into the exponents of its values. That

@@ -1,6 +1,6 @@
 /*
 out = alpha * A @ B.T on Hopper's FP8 tensor cores. The operands are the FP8 tiles of fp8_tiles.cuh,
-which hold the MXFP4 values exactly.
+which hold the MXFP4 values exactly (but for blocks far smaller than their neighbours).
 
 The grid is persistent: there is one CUDA block per multiprocessor, and two neighbouring blocks form
 a cluster, which takes one 256 x 256 tile of the output after another. Each of its two blocks
@@ -16,18 +16,20 @@ limit. A stage has two mbarriers, which tell when it is full and when it is empt
     producer:   wait for empty[stage]; start the copies, whose bytes arrive at full[stage]
     consumer:   wait for full[stage]; multiply; arrive at empty[stage] of both blocks
 
-Hopper's FP8 unit keeps only 13 fractional bits of the largest addend, so it is made to sum no more
-than 128 of K. A consumer multiplies each such partial sum by the scales of its rows of A and B,
-which is exact because scales are powers of two, and adds it to its FP32 sums. While one consumer
-does this, the products of the other one run.
+Hopper's FP8 unit aligns all addends with the largest one and drops their bits beyond the 13th
+binary place after its leading one. So it is made to sum no more than 128 of K, which is also as far
+as one pair of scales reaches. A consumer multiplies each such partial sum by the scale of its row
+of A and by that of its 32 rows of B, which are columns of the output. This is exact, because scales
+are powers of two. Then it adds the partial sum to its FP32 sums. While one consumer does this, the
+products of the other one run.
 
 The scales have tensor maps although a plain bulk copy would do: racecheck of compute-sanitizer
 takes it for a race when threads read what a bulk copy without a map has written.
 
 The epilogue (gemm_sm90_epilogue.cuh) masks gradients and rotates them back (linear.py). Then it
 sends the outputs through shared memory to TMA, which stores them while the next tile begins. When
-the output has too few tiles to fill the GPU, K is split: this kernel writes one partial matrix a
-split, and a second kernel adds them, always in the same order.
+the output has too few tiles to fill the GPU, K is split: this kernel writes one partial matrix per
+split. A second kernel adds them, always in the same order, and then masks and rotates back.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c gemm_sm90.cu
 */
@@ -49,13 +51,13 @@ constexpr int TILE_BYTES = TILE_SIDE * TILE_SIDE;       // an FP8 tile: 128 x 12
 constexpr int BOTH_BLOCKS = 0b11;                       // of a cluster, a bit each
 
 struct Shared {
-  // wgmma and swizzled TMA boxes want addresses that are multiples of 1024 bytes, which holds for
-  // the first three because their parts are.
+  // wgmma and swizzled TMA boxes want addresses that are multiples of 1024 bytes. Those of the
+  // first three are, because the size of each of their elements is such a multiple.
   uint8_t a[STAGES][2][TILE_BYTES];                     // a tile per consumer
   uint8_t b[STAGES][TILE_BYTES];
   epilogue::WarpBoxes out[CONSUMER_WARPS];
   float a_scales[STAGES][2][TILE_SIDE];                 // one per row
-  float b_scales[STAGES][32];                           // 4 are used; a box begins at 128 bytes
+  float b_scales[STAGES][32];                           // 4 are used, of 128 bytes
   uint64_t full[STAGES];                                // mbarriers: the stage holds its operands
   uint64_t empty[STAGES];                               // mbarriers: all consumers have read it
 };
@@ -69,7 +71,7 @@ struct Problem {
   CUtensorMap out;                                      // [M, N], or [splits * padded_M, N]
   int64_t M;
   int64_t N;
-  int64_t padded_M;                                     // M rounded up to 16, the rows of a split
+  int64_t padded_M;                                     // rows of a split, boxes of 16
   int a_tiles;                                          // ceil(M / 128)
   int b_tiles;                                          // ceil(N / 128)
   int cluster_rows;                                     // ceil(M / 256)
@@ -140,6 +142,8 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
 // Fills one stage after another with the operands of a tile. Only one thread of a block does this.
 __device__ __forceinline__ void fill_stages(Shared& s, const Problem& p, const ClusterTile& tile,
                                             int rank, Pipeline& pipeline) {
+  // Two tiles of A, of which one comes from the other block, and one of B arrive, with their
+  // scales.
   constexpr int STAGE_BYTES = 3 * TILE_BYTES + 2 * TILE_SIDE * 4 + 4 * 4;
   // The last 128 rows of A or B may not exist. Others are copied in their place: what is computed
   // from them is not stored.
@@ -148,6 +152,7 @@ __device__ __forceinline__ void fill_stages(Shared& s, const Problem& p, const C
   for (int k = tile.k_begin; k < tile.k_end; k++) {
     const int stage = pipeline.stage;
     const uint32_t full = smem_address(&s.full[stage]);
+    // In the first round the parity is 1. The phase before the first counts as over: no wait.
     tma::wait(smem_address(&s.empty[stage]), pipeline.phase ^ 1);
     tma::expect(full, STAGE_BYTES);
     tma::copy_to(BOTH_BLOCKS, smem_address(s.a[stage][rank]), p.a + (a + k) * TILE_BYTES,
@@ -350,12 +355,14 @@ template <class T> void launch(Problem p, T* out, cudaStream_t stream) {
 }  // namespace
 
 // Says into how many parts K is cut: more than one when the output has too few tiles to fill the
-// GPU. Each part has at least 4 tiles of K.
+// GPU. Each part has at least 4 tiles of K. sum_kernel takes whole blocks of 32 columns, and an
+// empty output has no tiles at all: both are left uncut.
 int gemm_sm90_splits(int64_t M, int64_t N, int64_t K) {
   const int64_t n_tiles = ceil_div(M, CLUSTER_TILE) * ceil_div(N, CLUSTER_TILE);
   const int64_t k_tiles = ceil_div(K, TILE_SIDE);
   const int64_t clusters = max_clusters();
-  if (n_tiles > clusters / 2 || k_tiles < 8)
+  const bool can_be_cut = n_tiles > 0 && N % 32 == 0;
+  if (!can_be_cut || n_tiles > clusters / 2 || k_tiles < 8)
     return 1;
   return int(std::min(clusters / n_tiles, k_tiles / 4));
 }

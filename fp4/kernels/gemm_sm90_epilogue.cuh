@@ -39,7 +39,7 @@ template <class T> __device__ __forceinline__ int first_box(int chunk) {
   return chunk % BUFFERS<T> * CHUNK_BOXES<T>;
 }
 
-// Waits until TMA has read what the boxes held that the next chunk takes.
+// Waits until TMA has read the boxes that the next chunk will overwrite.
 template <class T> __device__ __forceinline__ void wait_for_boxes(bool unrotates) {
   // In BF16 an exchange takes the box of the next buffer as well.
   if (unrotates && BUFFERS<T> == 4)
@@ -58,13 +58,14 @@ __device__ __forceinline__ int smem_offset(int first, int row, int byte) {
 }
 
 // The same for FP32 sums that are exchanged: of a row's two blocks of 32 floats, 0 lies in one box
-// and 1 in the next. The 16-byte pieces are ordered so that the two blocks meet no bank twice.
+// and 1 in the next, which the caller adds. The 16-byte pieces are ordered so that eight
+// neighbouring lanes, which read four rows of two blocks, meet no bank twice.
 __device__ __forceinline__ int smem_offset_f32(int first, int row, int block, int byte) {
   return first + row * BOX_ROW_BYTES + (byte ^ (row % 4 * 32) ^ (block * 16));
 }
 
-// The address of what lies `bytes` after an offset. But for the swizzle the two have no bit in
-// common, so that an exclusive or takes the place of the addition.
+// The address of what lies `bytes` after an offset. Before the swizzle, the offset and `bytes` have
+// no bit in common, and the swizzle is an exclusive or: so is the sum of the two.
 __device__ __forceinline__ uint8_t* smem_at(uint8_t* box, int offset, int bytes) {
   return box + bytes / BOX_ROW_BYTES * BOX_BYTES + (offset ^ (bytes % BOX_ROW_BYTES));
 }

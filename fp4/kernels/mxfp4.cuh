@@ -1,7 +1,7 @@
 /*
 The arithmetic of MXFP4 and of Quartet's quantisers. The CPU's kernels (cpu.cpp) and every GPU
-kernel include this file, so that a value is rotated, scaled and rounded by the same code
-everywhere.
+kernel include this file, so that a value is rotated and scaled by the same code everywhere. The
+GPU's quantisers round with fewer instructions (round.cuh), to the same codes.
 
 The functions are those of reference.py, which is the definition, on W blocks of 32 values side by
 side: v[i][w] is element i of block w. A CUDA thread owns one block, W = 1. On a CPU W is 16, so
@@ -158,9 +158,10 @@ HOST_DEVICE void max_magnitude(const Block<W>& v, float (&largest)[W]) {
     largest[w] = float_of(top[w]);
 }
 
-// Rotates the blocks and finds the largest magnitude of each of the results. The last stage makes
-// a + b and a - b of a and b; the larger magnitude of the two is |a| + |b|, rounding included, so
-// that 16 additions before that stage take the place of 32 comparisons after it.
+// Rotates the blocks and finds the largest magnitude of each of the results. The last stage makes a
+// + b and a - b of a and b; the larger magnitude of the two is |a| + |b|, rounding included, so
+// that 16 additions and 16 comparisons before that stage replace 32 comparisons after it. There
+// they need not wait for its results.
 template <int W>
 HOST_DEVICE void hadamard(Block<W>& v, float (&largest)[W]) {
   UNROLL for (int stage = 0; stage < 4; stage++)
@@ -253,8 +254,8 @@ HOST_DEVICE int sign_bit(float u) { return (bits_of(u) >> 28) & 8; }
 // for p = 4. Float32 numbers have 23 bits of mantissa, so that those from 2^22 p on are p/2 apart
 // as well. So the adder, when it rounds the sum a + 1.5 * 2^22 * p to a float32, rounds a to the
 // grid of E2M1: to nearest, with ties to even. (The factor 1.5 puts the sum in the middle of an
-// octave. It is an even number of steps, so that even stays even.) The bits of the sum minus the
-// bits of the constant are then a, counted in steps of p/2.
+// octave. The constant is an even number of steps, so that even stays even.) The bits of the sum
+// minus the bits of the constant are then a, counted in steps of p/2.
 //
 // The code is that number plus 2 log2(p). For p = 1 there are 0 to 4 steps of .5, and the codes
 // are 0 to 4. For p = 2 there are 2 to 4 steps of 1, and the codes are 4 to 6. For p = 4 there are
@@ -290,7 +291,7 @@ HOST_DEVICE int round_nearest(float u) {
 
 // One of the two codes around u, without its sign: the upper one with a probability equal to the
 // distance from the lower one, in steps. `noise` is a random integer in [0, 256). The distance
-// rounds up if it and (noise + 1/2) / 256 add up to 1 or more. All of this arithmetic is exact.
+// rounds up if it and (noise + 1/2) / 256 add up to 1 or more. Only the first sum rounds.
 HOST_DEVICE int round_stochastic(float u, int noise) {
   const Grid g = grid(u);
   const float magic = float_of(g.magic);

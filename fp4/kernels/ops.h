@@ -186,7 +186,8 @@ void packed_to_fp8_rows(
     float* row_scales,  // [M]
     void* stream);
 
-// Turns a packed matrix into an operand of gemm_sm90. With m = ceil(M / 128), k = ceil(K / 128):
+// Turns a packed matrix into an operand of gemm_sm90. In the shapes of the outputs below,
+// m = ceil(M / 128) and k = ceil(K / 128).
 void packed_to_fp8_tiles(
     const uint8_t* codes,   // [M, K/2]
     const uint8_t* scales,  // [M, K/32]

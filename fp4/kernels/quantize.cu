@@ -18,8 +18,9 @@ The forward quantiser needs nothing else, and is in this file. The backward quan
 of rows and blocks of columns of the same values, for which 128 x 128 of them wait in shared memory:
 see quantize_backward.cuh.
 
-What bounds these kernels is not memory alone but also instructions: at 3 TB/s an H100 has time for
-about 35 a value. A rotation takes five additions a value; for rounding see round.cuh.
+What bounds these kernels is not memory alone but also instructions: while the bytes of a value are
+read and written, at 3 TB/s, an H100 has time for about 35 instructions per value. A rotation takes
+five additions; for rounding see round.cuh.
 
     nvcc -O3 -fmad=false -gencode arch=compute_90a,code=sm_90a -c quantize.cu
 */
@@ -49,7 +50,7 @@ struct TileOutput {
 };
 
 // Returns the mask: bit i is set if |v_i * factor| < 6 units, so that element i does not clip.
-// The sign bit of |w| - 6 says so; it is shifted in, the last element first.
+// The sign bit of |v_i * factor| - 6 units says so; it is shifted in, the last element first.
 __device__ uint32_t unclipped_mask(const Block32& v, float factor) {
   uint32_t mask = 0;
   UNROLL for (int i = 31; i >= 0; i--) {
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(
   const unsigned tiles_per_row = unsigned(blocks + 3) / 4;
 
   // The block that this thread owns, at (row, column) with columns counted in blocks. With tiles a
-  // CUDA block takes half a tile, and the tiles follow one another as they do in memory. Otherwise
-  // blocks are simply taken in the order of memory, which leaves fewer threads idle.
+  // CUDA block takes half a tile: first the upper halves of a row of tiles, then the lower.
+  // Otherwise blocks are simply taken in the order of memory, which leaves fewer threads idle.
   const int64_t row = int64_t(blockIdx.x / tiles_per_row) * FORWARD_ROWS + threadIdx.x / 4;
   const int64_t column = blockIdx.x % tiles_per_row * 4 + threadIdx.x % 4;
   const int64_t in_memory = int64_t(blockIdx.x) * FORWARD_THREADS + threadIdx.x;

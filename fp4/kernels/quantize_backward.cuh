@@ -3,9 +3,9 @@ The backward quantiser: a matrix x [M, K] -> the operands x and x.T of two produ
 quantize.cu includes this file.
 
 Why a tile waits in shared memory. The operand x has its blocks of 32 along rows of x, the operand
-x.T has them along columns of x. A thread that read a column from memory would use 2 bytes of each
-32 that it touches. So a CUDA block copies 128 x 128 values into shared memory, once, and each of
-its 512 threads takes a block of a row from there, and then a block of a column.
+x.T has them along columns of x. To read x only once for both, and in whole rows, a CUDA block
+copies 128 x 128 values into shared memory, once, and each of its 512 threads takes a block of a row
+from there, and then a block of a column.
 
 What a thread owns. Thread t owns a block of row `tile_row` = t / 4 of the output's tile, in quarter
 `quarter` = t % 4 of this row. So in the first half of the work the block lies along a row of the
@@ -90,7 +90,7 @@ struct alignas(16) SharedState {    // in front of the tiles
 //   - a row block is read 16 bytes at a time, and 8 neighbouring threads read from 8 groups, which
 //     lie an odd number of 16 bytes apart;
 //   - of column blocks, the threads of a warp read 8 neighbouring columns in 4 rows, 32 rows apart:
-//     8 values each, and the skew moves each of the 4 on by these 8 values.
+//     8 values of each row, and the extra room moves each of the 4 rows on by 8 values.
 template <class T>
 struct Tile {
   static constexpr int GROUP_BYTES = 32 * sizeof(T) + 16;
@@ -415,8 +415,8 @@ void launch_kernel(const BackwardCall<Source>& call) {
   const int bytes = prefetch ? prefetch_bytes : state_bytes + tile_bytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 
-  // With prefetch there are as many CUDA blocks as run at a time, and each takes several tiles.
-  // The rows of CUDA blocks are then fewer than the rows of tiles.
+  // With prefetch there are about as many CUDA blocks as run at a time, and where there are more
+  // tiles than that, each block takes several of them, below one another.
   const int64_t tile_rows = ceil_div(call.M, TILE_SIDE);
   const int64_t tile_columns = ceil_div(call.K, TILE_SIDE);
   const int64_t resident = max(int64_t(1), 2 * multiprocessor_count() / tile_columns);

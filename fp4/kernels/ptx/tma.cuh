@@ -5,7 +5,8 @@ and later. Addresses in shared memory are those of smem_address.
 
 An mbarrier counts two things in each phase: the arrivals of threads, and the bytes that copies
 still owe. When both are complete, the phase ends and the next one begins with the same number of
-arrivals. A thread waits for the end of a phase by its parity, 0 or 1, in turns.
+arrivals. A thread waits for the end of a phase by its parity: phases are 0 and 1 in turns. A new
+mbarrier is in phase 0, and a wait for phase 1, as if one had been before, ends at once.
 */
 #pragma once
 #include <cstdint>

@@ -41,8 +41,9 @@ __device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.ali
 __device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
 
 // The lower half of the 64 bits by which wgmma finds a swizzled tile: its address in units of 16
-// bytes. The upper half is a constant, see multiply: 1024 bytes from one group of 8 rows to the
-// next, and the 128-byte swizzle.
+// bytes, and 1 in bits 16 to 29, a distance that a swizzled tile does not use. The upper half is a
+// constant, see multiply: 1024 bytes from one group of 8 rows to the next, and the 128-byte
+// swizzle.
 __device__ inline uint32_t descriptor(const void* p) { return smem_address(p) >> 4 | 1 << 16; }
 
 // Comes before the first multiply, commit after the last.
