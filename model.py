@@ -122,8 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.qkv = linear(config.n_embd, 3 * config.n_embd)
-        # Attention keeps its output, the input of proj, for its own backward pass. So proj need not
-        # keep a quantised copy of it.
+        # scaled_dot_product_attention keeps its output, the input of proj, for its own backward
+        # pass. So proj need not keep a quantised copy of it.
         self.proj = linear(config.n_embd, config.n_embd, recompute=True)
 
     def forward(self, x, cos, sin):

@@ -68,7 +68,7 @@ class Settings:
                               "default: a tenth of the run")
     out: str = flag("out", "folder of all runs")
     name: str = flag("", "folder of this run; default: SIZE-PRECISION")
-    resume: bool = flag(False, "continue from the run's checkpoint, bit for bit")
+    resume: bool = flag(False, "continue from the run's checkpoint, on a CPU bit for bit")
     discard: bool = flag(False, "remove the checkpoint when the run is finished")
 
     # The machine.

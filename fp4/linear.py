@@ -33,10 +33,10 @@ such a value changes nothing, and its gradient is set to zero. The mask says whi
 dgrad multiplies with wq, which is rotated along K, so dx comes out rotated along K; likewise dw.
 The mask belongs to rotated values too. So dx and dw are masked first, and only then is H undone.
 
-What is saved for the backward pass? The two packed operands, 4.25 bits a value, and a mask with one
-bit a value that is 1 where it was not clipped. Nothing is saved in high precision (but see
-recompute at Linear). That is why the backward pass quantises wq and xq once more, along another
-axis, instead of w and x.
+What is saved for the backward pass? The two packed operands, 4.25 bits a value, and for each a mask
+with one bit a value, which is 1 inside the grid and 0 at its end or beyond. Nothing is saved in
+high precision (but see recompute at Linear). That is why the backward pass quantises wq and xq once
+more, along another axis, instead of w and x.
 """
 import torch
 import torch.nn as nn
@@ -64,8 +64,9 @@ class QuartetMatmul(torch.autograd.Function):
         wq, w_mask = w_quantized
         y, xq, x_mask = ops.quantize_gemm(x, recipe.forward_scale, wq)
 
-        # With recompute, a compiled model does not keep xq. The backward pass is given x instead,
-        # which is not kept either (see there) but computed again from what other layers keep.
+        # With recompute, a compiled model does not keep xq, but hands x to the backward pass. In a
+        # compiled model, save_for_backward does not decide what is stored: torch.compile chooses
+        # which tensors to keep and which to compute again, and x is to be computed again.
         ctx.recomputes_x = recompute and torch.compiler.is_compiling()
         saved_x = (x,) if ctx.recomputes_x else (*xq, x_mask)
         ctx.save_for_backward(*wq, w_mask, *saved_x)
@@ -79,9 +80,9 @@ class QuartetMatmul(torch.autograd.Function):
         wq = Packed(*saved[:2])
         w_mask = saved[2]
         if ctx.recomputes_x:
-            # torch.compile keeps a tensor that an op of ours reads in the backward pass, and would
-            # keep x. But x * 1.0 is plain arithmetic, which it prefers to repeat in the backward
-            # pass. For that it computes x, too, once more, from tensors that it keeps in any case.
+            # torch.compile keeps a tensor that an op of ours reads directly. One that is read only
+            # by plain arithmetic, here x * 1.0, it computes again in the backward pass, from
+            # tensors that it keeps in any case.
             xq, x_mask = ops.quantize_forward(saved[3] * 1.0, ctx.recipe.forward_scale)
         else:
             xq = Packed(*saved[3:5])

@@ -1,12 +1,13 @@
 """
 The table of precisions: one row for each value of --precision.
 
-A linear layer computes three matrix products: forward y = x w.T, dgrad dx = dy w, and wgrad
-dw = dy.T x. A row says for each of them how its two operands are quantised along the axis that is
-summed over. None leaves a product unquantised; in dgrad and wgrad it still reads the quantised w
-and x of the forward product. Each column of a row can be changed for one run, as in
-recipe("fp4", scale="nearest") or --scale nearest. A single value changes the products named at
-CHANGES below; three values, --rotation 32:none:128, are for forward, dgrad and wgrad.
+A linear layer computes three matrix products: forward y = x w.T, dgrad dx = dy w, and wgrad dw =
+dy.T x. A row says for each of them how its two operands are quantised along the axis that is summed
+over. None leaves a product unquantised; where the forward product is quantised, dgrad and wgrad
+still read its quantised w and x. The columns of a row are the fields of GemmSpec, once for each
+product. Each but rhs of a row can be changed for one run, as in recipe("fp4", scale="nearest") or
+--scale nearest. A single value changes the products named at CHANGES below; three values,
+--rotation 32:none:128, are for forward, dgrad and wgrad.
 
 A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). Any other quantised row is
 emulated in PyTorch (emulate/matmul.py), and so are the methods that no columns describe
@@ -25,11 +26,13 @@ class GemmSpec(NamedTuple):
     scale       how a block finds its scale: one of SCALE_RULES[format]
     rotation    how many neighbours along the sum a Hadamard matrix rotates; 0 is no rotation
     signs       random signs "before" the rotation, "after" it (where they have no effect), "none"
-    rounding    "nearest", "stochastic", or "eden": to nearest, then a factor against the bias
+    rounding    "nearest", "stochastic", or "eden": to nearest, and then the block's scale, or for
+                power-of-two scales the whole row, is multiplied by a factor that removes the bias
     rhs         what happens to the right operand, which is w, w.T or x.T:
                   "requantize"        it is quantised as the left one. In dgrad and wgrad it is the
                                       already quantised w or x that is quantised once more
-                  "square_blocks"     the same, but in square blocks (forward only)
+                  "square_blocks"     as "requantize", but one scale serves a square of w, such as
+                                      16 x 16, so that w.T has the same values (forward only)
                   "reuse"             the quantised w or x of the forward product is used as it is
                   "from_unquantized"  the unquantised w or x is quantised, to nearest
     """
@@ -137,7 +140,7 @@ RECIPES = {
     "fp4-fwd":       Recipe(QUEST),                             # only the forward product is 4-bit
     "fp4-bwd":       Recipe(None, ABSMAX, ABSMAX),              # the opposite
     "fp4-original":  Recipe(QUEST, ORIGINAL, ORIGINAL),         # the authors' main branch, default
-    "fp4-pma":       Recipe(QUEST, PMA, PMA),                   # corrects the mean shrinkage
+    "fp4-pma":       Recipe(QUEST, PMA, PMA),                   # undoes rounding's shrinkage
 
     # FP8: E4M3 forward, E5M2 gradients and a scale for each tensor; and E4M3 everywhere.
     "fp8":           Recipe(method="fp8"),                      # real FP8 products: emulate/fp8.py
@@ -161,7 +164,8 @@ RECIPES = {
 #     floor, nearest    QuEST, which clips: from the standard deviation, to a power of two
 #     absmax34          from the largest value, and a factor 3/4: nothing clips
 #     absmax            from the largest value, as the format's standard says
-#     pma               absmax34, times a constant that corrects its mean shrinkage
+#     pma               absmax34, times a constant: rounding to nearest makes values smaller, by
+#                       0.92 % on average, and this undoes it
 #     mse               of three powers of two, the one with the least squared error
 #     four-six          of two scales, which make the largest value 4 or 6, the better one
 SCALE_RULES = {

@@ -1,6 +1,7 @@
 """
 THE DEFINITION of MXFP4 and of Quartet's two quantisers, in plain PyTorch. The kernels' quantisers
-must give the same bytes, and their products the same numbers up to the rounding of a sum.
+must give the same bytes, and their products the same numbers up to the rounding of a sum (and, in
+FP8, of blocks far smaller than their neighbours).
 This file is slow on purpose: it is the oracle of every test.
 
 MXFP4 (OCP Microscaling v1.0) holds a number in 4 bits. Such a code is named E2M1: a sign, 2 bits
@@ -197,7 +198,8 @@ def quantize_forward(x, scale):
     deviation. But a scale must be a power of two: scale "floor" takes the one below the best, and
     "nearest" the one whose logarithm is nearest.
 
-    Returns codes, scales, and a mask int32 [M, K/32], a bit per value: 1 where it did not clip.
+    Returns codes, scales, and a mask int32 [M, K/32], a bit per value: 1 inside the grid, 0 where
+    the value reached its end or was clipped.
     """
     check(scale in ("floor", "nearest"), f"scale must be floor or nearest, got {scale}")
     v = hadamard(blocks(x))
