@@ -27,10 +27,10 @@ bench: kernels ## on a GPU: times against BF16, 5 to 7 minutes; rewrites the tab
 	$(PYTHON) -m tools.bench
 
 test: test-packages ## the tests, in under 5 minutes on two cores
-	$(PYTHON) -m pytest -q -n 2 -m "not slow" tests
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
-test-all: test-packages ## all tests, also those that simulate a GPU at length
-	$(PYTHON) -m pytest -q -n 2 tests
+test-all: test-packages ## all tests, also those that compile or simulate CUDA
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal tests
 
 style: ## the reading budget: columns, statements a line, names, tokens a line of code
 	@python3 tools/style.py

@@ -26,8 +26,8 @@ class GemmSpec(NamedTuple):
     scale       how a block finds its scale: one of SCALE_RULES[format]
     rotation    how many neighbours along the sum a Hadamard matrix rotates; 0 is no rotation
     signs       random signs "before" the rotation, "after" it (where they have no effect), "none"
-    rounding    "nearest", "stochastic", or "eden": to nearest, and then the block's scale, or for
-                power-of-two scales the whole row, is multiplied by a factor that removes the bias
+    rounding    "nearest", "stochastic", or "eden": to nearest, and then the block's scale (nvfp4)
+                or the whole row (other formats) is multiplied by a factor that removes the bias
     rhs         what happens to the right operand, which is w, w.T or x.T:
                   "requantize"        it is quantised as the left one. In dgrad and wgrad it is the
                                       already quantised w or x that is quantised once more

@@ -8,4 +8,4 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: simulates a GPU at length; `make test-all` runs it")
+    config.addinivalue_line("markers", "slow: compiles or simulates CUDA; `make test-all` runs it")

@@ -25,7 +25,14 @@ from fp4 import backend, ops, reference
 from fp4.backend import swizzle_scales
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+has_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+
+
+def needs_nvcc(test):
+    """Marks a test that compiles CUDA, which takes long."""
+    return pytest.mark.slow(has_nvcc(test))
+
+
 needs_gpp = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 
@@ -327,7 +334,7 @@ def kernels_that_share():
         yield pytest.param(file, target, "gemm_kernel", 2, threads, blocks)     # BF16 and FP32 out
     for target in ("100a", "120a"):
         for name, count, threads in QUANTISERS:
-            yield pytest.param("quantize", target, name, count, threads, 2, marks=pytest.mark.slow)
+            yield "quantize", target, name, count, threads, 2
 
 
 @needs_nvcc
@@ -371,7 +378,6 @@ def test_the_products_are_made_of_the_instructions_meant_and_use_no_local_memory
 
 
 @needs_nvcc
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["100a", "120a"])
 def test_blackwells_quantisers_round_by_its_conversion_and_use_no_local_memory(compiled, target):
     cubin, _ = compiled("quantize", target)

@@ -40,8 +40,9 @@ def find_toolkit():
 
 
 TOOLKIT = find_toolkit()
-pytestmark = pytest.mark.skipif(not TOOLKIT or not shutil.which("g++"),
-                                reason="no CUDA toolkit, whose headers this needs")
+needs_toolkit = pytest.mark.skipif(not TOOLKIT or not shutil.which("g++"),
+                                   reason="no CUDA toolkit, whose headers this needs")
+pytestmark = [pytest.mark.slow, needs_toolkit]
 
 
 # ---- compilation
