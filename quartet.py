@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data.files import UserError, atomic_write, check
+from data.files import UserError, atomic_write_text, check
 from fp4.recipes import AXES, RECIPES, recipe
 from tools import cli, run              # the command line; the files of a run
 from tools.cli import flag
@@ -346,7 +346,7 @@ def start_log(log_path, cfg, model, history):
     """Write what made the run and the steps so far, those of a resumed run, into log.csv."""
     head = run.log_head(vars(cfg), machine(cfg), backend_description(model))
     text = head + "".join(run.log_row(row) for row in history)
-    atomic_write(log_path, lambda file: file.write(text.encode()))
+    atomic_write_text(log_path, text)
 
 
 def device_name(cfg):

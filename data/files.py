@@ -54,3 +54,8 @@ def atomic_open(path):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def atomic_write_text(path, text):
+    """Write text into path, in UTF-8, as atomic_write does."""
+    atomic_write(path, lambda file: file.write(text.encode()))

@@ -4,7 +4,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import types
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ import time
 import torch
 
 import fp4
-from data.files import atomic_write
+from data.files import atomic_write_text
 from fp4 import ops
 from model import PRESETS, Llama
 from tools.bench_report import ROWS, SHAPES, STEPS, VOCABULARY, WIDTHS, report, shape, show
@@ -445,7 +445,7 @@ def main(argv):
         results[name] = value
         log(f"{name}: {time.perf_counter() - start:.0f} s")
         if is_full_run:                 # What is measured is not lost.
-            write(RESULTS, json.dumps(results, indent=1))
+            atomic_write_text(RESULTS, json.dumps(results, indent=1))
     print(report(results))
     if not is_full_run:
         return 0
@@ -455,12 +455,8 @@ def main(argv):
     except ValueError as error:
         log(f"bench: {os.path.basename(README)} is as it was, because {error}")
         return 2
-    write(README, text)
+    atomic_write_text(README, text)
     return 0
-
-
-def write(path, text):
-    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

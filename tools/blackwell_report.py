@@ -187,13 +187,14 @@ def describe_machine():
     """Returns one line: date, GPU, driver, versions, commit."""
     import torch
 
+    from tools.run import git_commit
+
     drivers = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = " ".join(drivers.splitlines()[:1])
     compiler = re.findall("release [0-9.]+", output_of("nvcc", "--version"))
-    commit = output_of("git", "describe", "--always", "--dirty")
     return (f"{datetime.date.today()}, compute capability {torch.cuda.get_device_capability()}, "
             f"driver {driver}, torch {torch.__version__}, {compiler}, {platform.platform()}, "
-            f"commit {commit}")
+            f"commit {git_commit()}")
 
 
 def write_report(kernel):

@@ -10,7 +10,7 @@ import itertools
 import statistics
 from typing import NamedTuple, Optional
 
-from data.files import atomic_write
+from data.files import atomic_write, atomic_write_text
 from tools import markdown
 from tools.run import label
 
@@ -30,7 +30,7 @@ def report(runs, path):
     rows = table(runs)
     body = text(rows, max(run.config.get("jobs", 1) for run in runs))
     lines = [",".join(map(csv_field, line)) + "\n" for line in (Row._fields, *rows)]
-    atomic_write(path + ".csv", lambda file: file.write("".join(lines).encode()))
+    atomic_write_text(path + ".csv", "".join(lines))
     picture = draw_curves(path + ".svg", histories_by_label(runs))
     print(f"\n{body}\n\n{path}.csv, curves: {picture}")
     return body

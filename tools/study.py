@@ -19,7 +19,7 @@ import textwrap
 import torch
 
 import quartet
-from data.files import UserError, atomic_write, check
+from data.files import UserError, atomic_write_text, check
 from fp4.recipes import RECIPES
 from model import PRESETS, count_params
 from tools.ablation import compare, finish
@@ -166,8 +166,8 @@ def write_results(logs):
     draw_longest(lengths[-1])
     with open(README) as file:
         readme = replaced(file.read(), "\n\n".join(sections), "ablation")
-    atomic_write(README, lambda file: file.write(readme.encode()))
-    atomic_write(RUNS, lambda file: file.write("".join(logs).encode()))
+    atomic_write_text(README, readme)
+    atomic_write_text(RUNS, "".join(logs))
 
 
 def make_section(runs, name):
