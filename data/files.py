@@ -5,11 +5,29 @@ Everything outside fp4/ shares these names. This module imports no torch, so tha
 only read files start at once.
 """
 import contextlib
+import hashlib
 import os
+import signal
+
+CHUNK_BYTES = 1 << 20
 
 
 class UserError(Exception):
     """Carries one sentence for the user: what is wrong, where, and what to do about it."""
+    exit_code = 2                       # of the program that ends with this sentence
+
+
+class Stopped(BaseException):
+    """
+    Says that a signal asked the process to stop (signals.py).
+
+    As with KeyboardInterrupt, which Ctrl-C raises, nobody is to blame: `except Exception` must not
+    catch it.
+    """
+
+    def __init__(self, signal_number):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
 
 
 def check(condition, sentence):
@@ -30,9 +48,21 @@ def atomic_write(path, save):
         with atomic_open(path) as file:
             save(file)
     except (OSError, RuntimeError) as error:
+        raise_hidden_interrupt(error)
         # torch.save reports a full disk as a RuntimeError, which has no strerror.
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept")
+
+
+def raise_hidden_interrupt(error):
+    """Raises the interrupt in whose handling `error` came up, if there was one.
+
+    torch.save, interrupted while it writes, ends with a RuntimeError about an unexpected position.
+    """
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
+            raise error
+        error = error.__context__
 
 
 @contextlib.contextmanager
@@ -59,3 +89,12 @@ def atomic_open(path):
 def atomic_write_text(path, text):
     """Write text into path, in UTF-8, as atomic_write does."""
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def sha256_of(path):
+    """Returns the SHA-256 of a file in 64 hex digits."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            sha.update(chunk)
+    return sha.hexdigest()
