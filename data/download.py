@@ -1,16 +1,14 @@
 """
 Download one file: resume where it broke off, try again, and check the length and the SHA-256.
 """
-import hashlib
 import http.client
 import os
 import time
 import urllib.error
 import urllib.request
 
-from tqdm import tqdm
-
-from data.files import UserError
+from data.files import UserError, sha256_of
+from data.progress import progress_bar
 
 TRIES = 4
 CHUNK_BYTES = 1 << 20
@@ -32,7 +30,7 @@ def download(url, path, sha256=None):
             return fetch(url, path, sha256)
         except urllib.error.HTTPError as error:
             if error.code == 416:
-                # The part is longer than the file: start again.
+                # The part is longer than the file, say: start again.
                 os.remove(part)
             elif error.code < 500:
                 raise UserError(f"{url} answers {error.code} {error.reason}: it may have moved")
@@ -77,7 +75,13 @@ def receive(url, part, redirect):
         headers["Range"] = f"bytes={n_had}-"
     request = urllib.request.Request(url, headers=headers)
     opener = urllib.request.build_opener(redirect)
-    with opener.open(request, timeout=30) as response:
+    try:
+        response = opener.open(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and error.headers["Content-Range"] == f"bytes */{n_had}":
+            return n_had                # The part is complete.
+        raise
+    with response:
         if response.status != 206:
             # The server does not resume: it sends the file from its beginning.
             n_had = 0
@@ -90,26 +94,6 @@ def receive(url, part, redirect):
                 file.write(chunk)
                 bar.update(len(chunk))
     return n_expected
-
-
-def progress_bar(path, n_bytes, initial=0):
-    """Returns a progress bar in bytes, which shows only on a terminal; n_bytes may be None."""
-    return tqdm(
-        desc=os.path.basename(path),
-        initial=initial,
-        total=n_bytes,
-        unit="B",
-        unit_scale=True,
-        disable=None,
-    )
-
-
-def sha256_of(path):
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 class RedirectHandler(urllib.request.HTTPRedirectHandler):

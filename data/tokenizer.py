@@ -1,133 +1,234 @@
 """
-A byte-level BPE vocabulary, trained from the corpus in seconds, so that none has to be downloaded.
+Vocabularies: what turns text into token ids and back.
 
-It lies beside the token files as vocab.tiktoken, in tiktoken's text format: a line holds a token in
-base64 and its rank. tiktoken encodes with it.
+A corpus made here has a byte-level BPE vocabulary of its own (data/bpe.py trains it) in the file
+vocab.tiktoken, in tiktoken's text format: a line holds a token in base64 and its rank. nanoGPT's
+corpora of characters have meta.pkl. Without either file, the width of the tokens tells whose they
+are. A checkpoint keeps the state() of its vocabulary, so that a model can write text when the
+corpus is gone.
 """
 import base64
-import collections
-import heapq
+import functools
+import hashlib
+import json
 import os
+import pickle
+import re
 
-import regex        # tiktoken depends on it, so it is always there
 import tiktoken
 
+from data.bpe import BYTES, PATTERN
 from data.files import UserError, check
+from data.prepared import read_record
+from data.texts import END, MAX_VOCAB
 
-# Text is cut into words as GPT-4 does it: letters with the space or sign before them; up to three
-# digits; signs; line ends; spaces, except the last, which goes to the word after it. Unlike in
-# GPT-4's pattern, runs of spaces are bounded, because a million of them overflow tiktoken's stack.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-           r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s")
-END = "<|endoftext|>"       # opens every document, and has the last id of a vocabulary
-BYTES = [bytes([value]) for value in range(256)]
+VOCAB_FILE = "vocab.tiktoken"
+META_FILE = "meta.pkl"
+MAX_META_BYTES = 64 << 20
+GPT2_SIZE = 50257
+LLAMA3_SIZE = 128256
 
 
-# ---- training
-
-def train_bpe(texts, size):
+class Vocabulary:
     """
-    Trains a vocabulary on texts and returns it as {token: rank}.
-
-    It begins with the 256 bytes. Then the most frequent pair of neighbours becomes a token, again
-    and again, until there are `size` tokens or no pair occurs twice. Among equally frequent pairs
-    the first in byte order is taken. Wikipedia's example is the word aaabdaaabac:
-
-        a a a b d a a a b a c     4 aa, 2 ab, ...     token 256 is aa
-        aa a b d aa a b a c       2 aaa, 2 ab, ...    token 257 is aaa, before ab in byte order
-        aaa b d aaa b a c         2 aaab, ...         token 258 is aaab; no other pair occurs twice
-
-    Equal words are kept once, with a weight, and a merge visits only the words that hold the pair.
-    A pair is identified by its joined bytes, as in tiktoken's encoder.
+    A vocabulary of `size` entries, of which nothing but the size is known, or whose text cannot be
+    had here. The classes below can encode and decode.
     """
-    words, weights = split_words(texts)
-    counts, words_with = count_pairs(words, weights)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    ranks = {token: rank for rank, token in enumerate(BYTES)}
-    while heap and len(ranks) < size:
-        negative_count, pair = heapq.heappop(heap)
-        if -negative_count != counts[pair]:
-            # Counts in the heap are not updated by merges; an old one is corrected here.
-            heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        if counts[pair] < 2:
-            break
-        # A pair may be a token already, though rarely: its bytes can be joined in two ways.
-        ranks.setdefault(pair, len(ranks))
-        for new_pair in merge_everywhere(pair, words, weights, counts, words_with):
-            heapq.heappush(heap, (-counts[new_pair], new_pair))
+
+    def __init__(self, size, kind="unknown", why="came without one"):
+        self.size = size
+        self.kind = kind
+        self.why = why
+
+    def state(self):
+        """Returns the vocabulary as a dict of plain types, for a checkpoint."""
+        return {"kind": self.kind, "size": self.size}
+
+    @functools.cached_property
+    def fingerprint(self):
+        """16 hex digits that tell this vocabulary from all others."""
+        content = json.dumps(self.state(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def encode(self, text):
+        """Returns the ids of a text, at least one; END in the text is the special token."""
+        raise UserError(self.no_text())
+
+    def decode(self, ids):
+        """Returns the text of ids; those outside the vocabulary are skipped."""
+        raise UserError(self.no_text())
+
+    def no_text(self):
+        return f"there is no text, because the vocabulary of these tokens {self.why}"
+
+
+class BytePairs(Vocabulary):
+    """A vocabulary with which tiktoken encodes, by self.encoding."""
+
+    def encode(self, text):
+        return self.encode_batch([text])[0] or [self.encoding.eot_token]
+
+    def encode_batch(self, texts, threads=1):
+        """Returns the ids of each text, none for an empty one."""
+        return self.encoding.encode_batch(texts, num_threads=threads, allowed_special={END})
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if 0 <= i < self.size])
+
+
+class Own(BytePairs):
+    """A vocabulary {token: rank} that was trained here; END comes after its tokens."""
+
+    def __init__(self, ranks):
+        super().__init__(len(ranks) + 1, "bpe")
+        self.ranks = ranks
+
+    def state(self):
+        return super().state() | {"tokens": to_lines(self.ranks)}
+
+    @functools.cached_property
+    def encoding(self):
+        return tiktoken.Encoding(
+            "own",
+            pat_str=PATTERN,
+            mergeable_ranks=self.ranks,
+            special_tokens={END: len(self.ranks)},
+        )
+
+
+class Gpt2(BytePairs):
+    """GPT-2's, which tiktoken downloads once, when the first text needs it."""
+
+    def __init__(self):
+        super().__init__(GPT2_SIZE, "gpt2")
+
+    @functools.cached_property
+    def encoding(self):
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:      # the errors of requests are OSErrors
+            raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): "
+                            f"connect once, and tiktoken keeps a copy")
+
+
+class Characters(Vocabulary):
+    """
+    Strings with ids, as in nanoGPT's meta.pkl: mostly single characters, and no END.
+
+    ValueError is raised unless `strings` is {id: string} with one entry at least.
+    """
+
+    def __init__(self, size, strings):
+        if not is_alphabet(strings):
+            raise ValueError("an alphabet has ids and their strings, at least one")
+        super().__init__(size, "characters")
+        self.strings = strings          # {id: string}
+        self.ids = {string: i for i, string in strings.items()}
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def state(self):
+        return super().state() | {"strings": [list(item) for item in sorted(self.strings.items())]}
+
+    def encode(self, text):
+        ids = []
+        i = 0
+        while i < len(text):
+            match = self.pattern.match(text, i)
+            check(match, f"{text[i]!r} is not in the vocabulary, which has {self.size} entries")
+            ids.append(self.ids[match.group()])
+            i = match.end()
+        return ids or [0]
+
+    def decode(self, ids):
+        return "".join(self.strings.get(i, "") for i in ids)
+
+
+def llama3():
+    return Vocabulary(LLAMA3_SIZE, "llama3", "is Llama 3's, which may not be passed on")
+
+
+# ---- of a corpus, and of a checkpoint
+
+def open_vocabulary(folder, vocab=None, token_bytes=2):
+    """
+    Returns the vocabulary of a corpus folder, without a download.
+
+    vocab        how many entries it has to have; None admits any
+    token_bytes  the width of the tokens, which decides where the folder has no vocabulary: tokens
+                 of 4 bytes are Llama 3's, of 2 bytes GPT-2's, unless vocab says another size
+    """
+    if os.path.exists(os.path.join(folder, VOCAB_FILE)):
+        vocabulary = Own(load(os.path.join(folder, VOCAB_FILE)))
+        check_unchanged(folder, vocabulary)
+    elif os.path.exists(os.path.join(folder, META_FILE)):
+        vocabulary = load_meta(os.path.join(folder, META_FILE))
+    else:
+        check(VOCAB_FILE not in read_record(folder).get("files", []),
+              f"{folder} has lost its {VOCAB_FILE}: remove the folder and prepare it again")
+        vocabulary = llama3() if token_bytes == 4 else Gpt2()
+        if vocab is not None and vocab != vocabulary.size:
+            check(1 <= vocab <= MAX_VOCAB,
+                  f"a vocabulary of {vocab:,} is not possible: give --vocab up to {MAX_VOCAB:,}")
+            vocabulary = Vocabulary(vocab)
+    check_size(folder, vocabulary.size, vocab)
+    return vocabulary
+
+
+def check_size(folder, size, vocab):
+    """Refuses a vocabulary of another size than was asked for, unless its text had no more."""
+    if vocab is None or vocab == size:
+        return
+    check(vocab == read_record(folder).get("vocab_asked"),
+          f"{folder} has a vocabulary of {size:,}, not {vocab:,}: leave out --vocab, or remove the "
+          f"folder")
+
+
+def check_unchanged(folder, vocabulary):
+    """Refuses a vocabulary other than the one the tokens were made with, if that is recorded."""
+    check(read_record(folder).get("vocabulary") in (None, vocabulary.fingerprint),
+          f"the {VOCAB_FILE} in {folder} has changed since it was prepared: remove the folder and "
+          f"prepare it again")
+
+
+def vocabulary_from_state(state):
+    """Returns the vocabulary whose state() is given."""
+    try:
+        kind = state["kind"]
+        if kind == "bpe":
+            return Own(from_lines(state["tokens"].splitlines()))
+        if kind == "characters":
+            return Characters(state["size"], dict(state["strings"]))
+        known = {"gpt2": Gpt2, "llama3": llama3, "unknown": lambda: Vocabulary(state["size"])}
+        return known[kind]()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the vocabulary in the checkpoint is damaged ({type(error).__name__})")
+
+
+# ---- files
+
+def to_lines(ranks):
+    """Returns {token: rank} in tiktoken's text format."""
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    return "".join(lines)
+
+
+def from_lines(lines):
+    """Returns {token: rank} of lines in tiktoken's text format, or raises ValueError."""
+    ranks = {}
+    for line in lines:
+        token, rank = line.split()
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+    has_all_bytes = ranks.keys() >= set(BYTES)
+    has_all_ranks = sorted(ranks.values()) == list(range(len(ranks)))
+    if not has_all_bytes or not has_all_ranks:
+        raise ValueError("a byte or a rank is missing")
     return ranks
 
 
-def split_words(texts):
-    """Returns the distinct words of the texts, as lists of single bytes, and their frequencies."""
-    frequencies = collections.Counter()
-    for text in texts:
-        frequencies.update(regex.findall(PATTERN, text))
-    words = [[BYTES[value] for value in word.encode()] for word in frequencies]
-    return words, list(frequencies.values())
-
-
-def count_pairs(words, weights):
-    """Returns {pair: how often it occurs} and {pair: indices of the words that hold it}."""
-    counts = collections.Counter()
-    words_with = collections.defaultdict(set)
-    for i, word in enumerate(words):
-        for left, right in zip(word, word[1:]):
-            counts[left + right] += weights[i]
-            words_with[left + right].add(i)
-    return counts, words_with
-
-
-def merge_everywhere(pair, words, weights, counts, words_with):
-    """Merges a pair in all words, updates the counts, and returns the pairs that became more."""
-    grown = set()
-    for i in words_with.pop(pair):
-        for changed_pair, change in merge(words[i], pair):
-            counts[changed_pair] += change * weights[i]
-            if change > 0:
-                words_with[changed_pair].add(i)
-                grown.add(changed_pair)
-    return grown
-
-
-def merge(word, pair):
-    """
-    Joins the neighbours in a word that make `pair`, in place and from the left.
-
-    Yields (pair, -1) for each pair that this removes and (pair, +1) for each that it adds.
-    """
-    i = 0
-    while i + 1 < len(word):
-        if word[i] + word[i + 1] == pair:
-            yield pair, -1
-            if i > 0:
-                yield word[i - 1] + word[i], -1
-                yield word[i - 1] + pair, +1
-            if i + 2 < len(word):
-                yield word[i + 1] + word[i + 2], -1
-                yield pair + word[i + 2], +1
-            word[i:i + 2] = [pair]
-        i += 1
-
-
-# ---- files and encodings
-
-def encoding_of(ranks):
-    """Returns tiktoken's encoding with a vocabulary {token: rank}; END comes after its tokens."""
-    return tiktoken.Encoding(
-        "own",
-        pat_str=PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END: len(ranks)},
-    )
-
-
 def save(ranks, path):
-    with open(path, "wb") as file:
-        for token, rank in ranks.items():
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
+    with open(path, "w") as file:
+        file.write(to_lines(ranks))
 
 
 def load(path):
@@ -136,44 +237,50 @@ def load(path):
 
     tiktoken's own reader is not used, because it caches by path and would miss a new file.
     """
-    ranks = {}
     try:
-        with open(path, "rb") as file:
-            for line in file:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        with open(path, encoding="ascii") as file:
+            return from_lines(file)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the vocabulary {path} ({error}): prepare the corpus again")
-    has_all_bytes = ranks.keys() >= set(BYTES)
-    has_all_ranks = sorted(ranks.values()) == list(range(len(ranks)))
-    check(has_all_bytes and has_all_ranks,
-          f"{path} is no whole vocabulary, a byte or rank is missing: prepare the corpus again")
-    return ranks
 
 
-def load_encoding(path):
-    """
-    Returns the encoding of a corpus folder or of a vocabulary file.
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings, lists and dicts. An ordinary Unpickler runs what a file tells it."""
 
-    Where there is no vocabulary file it is GPT-2's, which tiktoken downloads once.
-    """
-    file = os.path.join(path, "vocab.tiktoken") if os.path.isdir(path) else path
-    if os.path.exists(file):
-        return encoding_of(load(file))
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+
+
+def load_meta(path):
+    """Returns the vocabulary in nanoGPT's meta.pkl: vocab_size and, for text, itos."""
     try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:      # the errors of requests are OSErrors
-        raise UserError(f"{file} is not there, and GPT-2's vocabulary cannot be downloaded "
-                        f"({type(error).__name__}): connect once, and tiktoken keeps a copy")
+        with open(path, "rb") as file:
+            check(os.path.getsize(path) <= MAX_META_BYTES, f"{path} is too large to be a meta.pkl")
+            meta = PlainUnpickler(file).load()
+        size = meta["vocab_size"]
+        strings = meta.get("itos")
+    except UserError:
+        raise
+    except Exception as error:          # A damaged pickle may raise anything.
+        raise UserError(f"cannot read {path} ({error}): nanoGPT's holds vocab_size and itos, all "
+                        f"of plain types")
+    check(type(size) is int and 1 <= size <= MAX_VOCAB,
+          f"{path} says vocab_size {size!r}, which is no size of a vocabulary")
+    if strings is None:
+        return Vocabulary(size)
+    if isinstance(strings, list):
+        strings = dict(enumerate(strings))
+    check(is_alphabet(strings),
+          f"{path} has something else in itos than ids and their strings, at least one")
+    check(all(i < size for i in strings),
+          f"{path} has an id {max(strings):,} in itos, but vocab_size is {size:,}")
+    return Characters(size, strings)
 
 
-def vocab_size(folder, shards):
-    """
-    Returns the number of entries in a corpus's vocabulary, without a download.
+def is_alphabet(strings):
+    return isinstance(strings, dict) and strings and all(map(is_entry, strings.items()))
 
-    Where the folder has no vocabulary file, the width of the tokens tells: 4 bytes mean Llama 3's
-    vocabulary, 2 bytes GPT-2's.
-    """
-    if os.path.exists(os.path.join(folder, "vocab.tiktoken")):
-        return load_encoding(folder).n_vocab
-    return 128256 if shards[0].dtype.itemsize == 4 else 50257
+
+def is_entry(item):
+    i, string = item
+    return type(i) is int and i >= 0 and isinstance(string, str) and string != ""

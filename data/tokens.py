@@ -1,17 +1,9 @@
 """
 Token files, and the batches that are read from them.
 
-There are three layouts, told apart by their first four bytes. All numbers are little-endian:
-
-    llm.c, GPT-2      256 int32: 20240520, 1, number of tokens, 0 ...; then uint16
-    llm.c, Llama 3    256 int32: 20240801, 7, number of tokens, 0 ...; then uint32
-    nanoGPT           no header, only uint16
-
-TokenWriter writes the first, or the second when the vocabulary has more than 65,536 entries. Files
-are memory-mapped, so that a corpus may be larger than memory. Several files (shards) make one
-corpus.
+data/layout.py knows the layouts and refuses what is none. Files are memory-mapped, so that a corpus
+may be larger than memory. Several files (shards) make one corpus.
 """
-import codecs
 import contextlib
 import functools
 import glob
@@ -20,21 +12,7 @@ import os
 import numpy as np
 
 from data.files import UserError, atomic_open, check
-
-HEADER_BYTES = 1024
-GPT2 = 20240520
-LLAMA3 = 20240801
-LAYOUTS = {GPT2: (1, "<u2"), LLAMA3: (7, "<u4")}    # first number of the header: version, dtype
-FOREIGN_FILES = {
-    b"\x89PNG": "PNG",
-    b"\x1f\x8b\x08": "gzip",
-    b"PK\3\4": "zip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x93NUMPY": "NumPy",
-    b"PAR1": "Parquet",
-    b"\x80\4\x95": "pickle",
-    b"\x80\5\x95": "pickle",
-}
+from data.layout import GPT2, HEADER_BYTES, LAYOUTS, LLAMA3, open_file
 
 
 # ---- reading files
@@ -53,56 +31,6 @@ def open_tokens(pattern):
     paths = [path for path in paths if os.path.isfile(path)]
     check(paths, f"there is no token file {pattern}: make it with python data/prepare.py")
     return [open_file(path) for path in paths]
-
-
-def open_file(path):
-    with open(path, "rb") as file:
-        head = file.read(HEADER_BYTES)
-    magic = int.from_bytes(head[:4], "little")
-    if magic not in LAYOUTS:
-        check_headerless(path, head)
-        return np.memmap(path, "<u2", "r")
-    version, dtype = LAYOUTS[magic]
-    check_header(path, head, version, np.dtype(dtype).itemsize)
-    return np.memmap(path, dtype, "r", HEADER_BYTES)
-
-
-def check_header(path, head, layout_version, token_bytes):
-    """Refuses a file of llm.c whose length, version or number of tokens is wrong."""
-    size = os.path.getsize(path)
-    # The file may end within the header: zeros stand in for what is missing, and the length is
-    # checked first.
-    _, version, n = np.frombuffer(head.ljust(12, b"\0"), "<u4", 3).tolist()
-    expected = HEADER_BYTES + n * token_bytes
-    fault = "truncated" if size < expected else "too long"
-    check(size == expected,
-          f"{path} is {fault}: {n:,} tokens and their header take {expected:,} bytes, "
-          f"the file has {size:,}; prepare it again")
-    check(version == layout_version,
-          f"{path} has version {version} of its format, not {layout_version}: prepare it again")
-    check(n >= 2,
-          f"{path} holds {n} tokens, and to predict one takes two: prepare it from more text")
-
-
-def check_headerless(path, head):
-    """Refuses what is evidently not a file of bare uint16, which begins with no magic number."""
-    for start, kind in FOREIGN_FILES.items():
-        check(not head.startswith(start),
-              f"{path} is a {kind} file, not tokens: name what data/prepare.py has made")
-    size = os.path.getsize(path)
-    check(size < 16 or not is_text(head),
-          f"{path} looks like text, not tokens: prepare it with python data/prepare.py {path}")
-    check(size >= 4 and size % 2 == 0,
-          f"{path} has {size:,} bytes, not two or more tokens of 2 bytes: prepare it again")
-
-
-def is_text(head):
-    """Tells whether the bytes are UTF-8 without control characters; the last may be cut off."""
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return all(c.isprintable() or c in "\t\n\r\f\ufeff" for c in text)
 
 
 def check_range(tokens, vocab, path, start):
@@ -162,7 +90,7 @@ class TokenWriter:
 
 # ---- batches
 
-def batch(shards, step, B, T, seed, vocab=None):
+def batch(shards, step, B, T, seed):
     """
     Returns the training batch of a step: x and y, int64 [B, T], where y is one token ahead of x.
 
@@ -171,19 +99,31 @@ def batch(shards, step, B, T, seed, vocab=None):
     resumed run continues exactly, and the i-th of n slices of a batch is
     batch(shards, step * n + i, B // n, T, seed).
 
-    UserError is raised if no shard holds T + 1 tokens, or if a token is not below `vocab`.
+    UserError is raised if no shard holds T + 1 tokens, MemoryError if the batch is too large.
     """
+    check_long_enough(shards, T)
     ends = np.cumsum([count_windows(len(shard), T) for shard in shards])
-    check(ends[-1] > 0,
-          f"{shards[0].filename} has {len(shards[0]):,} tokens: too few for a sequence of {T}, "
-          f"which takes {T + 1}; shorten it or prepare more text")
-    rows = np.empty((B, T + 1), np.int64)
+    rows = empty(B, T + 1)
     for b in range(B):
         shard, start = find_sequence(shards, ends, step * B + b, T, seed)
         rows[b] = shard[start:start + T + 1]
-        if vocab:
-            check_range(rows[b], vocab, shard.filename, start)
     return rows[:, :-1].copy(), rows[:, 1:].copy()
+
+
+def empty(n_rows, n_columns):
+    """Returns an int64 array without contents, or raises MemoryError."""
+    try:
+        return np.empty((n_rows, n_columns), np.int64)
+    except ValueError as error:
+        # So numpy says it of a size that no machine can address.
+        raise MemoryError(str(error)) from error
+
+
+def check_long_enough(shards, T):
+    """Refuses a corpus in which no shard holds a sequence of T tokens and the token after it."""
+    check(any(len(shard) > T for shard in shards),
+          f"{shards[0].filename} has {len(shards[0]):,} tokens: too few for a sequence of {T}, "
+          f"which takes {T + 1}; shorten it or prepare more text")
 
 
 def count_windows(n_tokens, T):
@@ -221,7 +161,7 @@ def epoch_order(n_windows, T, seed, epoch):
     return int(rng.integers(T)), rng.permutation(n_windows)
 
 
-def val_batches(shards, B, T, vocab=None):
+def val_batches(shards, B, T):
     """
     Yields x and y, int64 [B, T], until every token but the first of a shard has been predicted.
 
@@ -231,12 +171,12 @@ def val_batches(shards, B, T, vocab=None):
     for shard in shards:
         windows += [(shard, start) for start in range(0, len(shard) - 1, T)]
     for first in range(0, len(windows), B):
-        x = np.zeros((B, T), np.int64)
-        y = np.full((B, T), -1)
+        x = empty(B, T)
+        y = empty(B, T)
+        x[:] = 0
+        y[:] = -1
         for b, (shard, start) in enumerate(windows[first:first + B]):
             tokens = shard[start:start + T + 1]
-            if vocab:
-                check_range(tokens, vocab, shard.filename, start)
             n = len(tokens) - 1
             x[b, :n] = tokens[:-1]
             y[b, :n] = tokens[1:]

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import regex
 
-from data import download, files, prepare, tokenizer, tokens
+from data import (
+    bpe, build, download, files, prepare, prepared, split, texts, tokenizer, tokens, web)
+from data.corpus import open_corpus
 from data.files import UserError
 from data.tokens import TokenWriter, open_tokens
 
@@ -113,7 +115,7 @@ def test_a_path_with_glob_characters_is_a_path(tmp_path):
     (tmp_path / "[x]").mkdir()
     assert len(open_tokens(make(tmp_path / "[x]" / "train.bin", [1, 2, 3]))[0]) == 3
     make(tmp_path / "[x]" / "val.bin", [1, 2, 3])
-    patterns = prepare.files(str(tmp_path / "[x]"))
+    patterns = prepared.files(str(tmp_path / "[x]"))
     assert [len(open_tokens(pattern)) for pattern in patterns] == [1, 1]
 
 
@@ -242,9 +244,20 @@ def test_the_shortest_corpus_that_holds_a_sequence_is_enough(tmp_path):
     x, y = tokens.batch(shard, 0, 3, 16, 0)
     assert np.array_equal(x, [range(16)] * 3)
     assert np.array_equal(y, [range(1, 17)] * 3)
-    with pytest.raises(UserError) as error:
-        tokens.batch(shard, 0, 3, 17, 0)
-    sentence(error, "s.bin has 17 tokens: too few for a sequence of 17, which takes 18")
+    tokens.check_long_enough(shard, 16)
+    for read in (lambda: tokens.batch(shard, 0, 3, 17, 0),
+                 lambda: tokens.check_long_enough(shard, 17)):
+        with pytest.raises(UserError) as error:
+            read()
+        sentence(error, "s.bin has 17 tokens: too few for a sequence of 17, which takes 18")
+
+
+@pytest.mark.parametrize("B", [2**50, 2**62, 2**64])
+def test_a_batch_that_no_machine_holds_is_a_memory_error(shards, B):
+    for read in (lambda: tokens.batch(shards, 0, B, 16, 0),
+                 lambda: next(tokens.val_batches(shards, B, 16))):
+        with pytest.raises(MemoryError):
+            read()
 
 
 @pytest.mark.parametrize("B, T", [(4, 16), (3, 50), (1, 2000), (7, 1)])
@@ -262,20 +275,6 @@ def test_validation_predicts_every_token_once_in_order(shards, B, T):
     assert (y[y < 0] == -1).all()
 
 
-def test_a_token_outside_the_vocabulary_is_named_with_its_place(shards):
-    def validate(vocab): return list(tokens.val_batches(shards[:2], 3, 100, vocab))
-
-    def train(vocab):
-        return [tokens.batch(shards[1:2], step, 1, 776, 0, vocab) for step in range(9)]
-
-    for read in (validate, train):
-        read(2777)
-        with pytest.raises(UserError) as error:
-            read(2776)
-        sentence(error, "token 2776 at position 776 of", "s2.bin",
-                 "the vocabulary has 2,776 entries")
-
-
 # ---- vocabulary
 
 def source_text():
@@ -284,12 +283,12 @@ def source_text():
 
 
 def test_the_example_in_the_docstring_is_what_happens():
-    assert list(tokenizer.train_bpe(["aaabdaaabac"], 300))[256:] == [b"aa", b"aaa", b"aaab"]
+    assert list(bpe.train_bpe(["aaabdaaabac"], 300))[256:] == [b"aa", b"aaa", b"aaab"]
 
 
 def test_the_fast_trainer_makes_the_merges_of_a_plain_one():
     text = source_text() + "aaaaaaa abababa " * 9
-    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(tokenizer.PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(bpe.PATTERN, text)]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < 600:
         # Every pair is counted anew for each merge.
@@ -300,45 +299,42 @@ def test_the_fast_trainer_makes_the_merges_of_a_plain_one():
             for i in range(len(word)):
                 if b"".join(word[i:i + 2]) == best and len(word[i:]) > 1:
                     word[i:i + 2] = [best]
-    assert list(tokenizer.train_bpe([text], 600).items()) == list(ranks.items())
+    assert list(bpe.train_bpe([text], 600).items()) == list(ranks.items())
 
 
 def test_tiktoken_applies_the_merges_as_they_were_learnt():
     text = source_text()
-    ranks = tokenizer.train_bpe([text], 500)
+    ranks = bpe.train_bpe([text], 500)
     learnt = []
-    for characters in regex.findall(tokenizer.PATTERN, text):
+    for characters in regex.findall(bpe.PATTERN, text):
         word = [bytes([b]) for b in characters.encode()]
         for token in list(ranks)[256:]:
-            for _ in tokenizer.merge(word, token):
+            for _ in bpe.merge(word, token):
                 pass
         learnt += word
-    encoded = tokenizer.encoding_of(ranks).encode_ordinary(text)
-    assert encoded == [ranks[token] for token in learnt]
+    assert tokenizer.Own(ranks).encode(text) == [ranks[token] for token in learnt]
 
 
 def test_encoding_loses_nothing(tmp_path):
-    ranks = tokenizer.train_bpe(["def f(x):\n    return x\n" * 50 + "naïve 日本"], 400)
+    ranks = bpe.train_bpe(["def f(x):\n    return x\n" * 50 + "naïve 日本"], 400)
     tokenizer.save(ranks, tmp_path / "vocab.tiktoken")
-    encoding = tokenizer.load_encoding(str(tmp_path))
-    assert encoding.n_vocab == encoding.eot_token + 1 <= 401
-    from_file = tokenizer.load_encoding(str(tmp_path / "vocab.tiktoken"))
-    assert from_file.encode("x") == encoding.encode("x")
+    vocabulary = tokenizer.open_vocabulary(str(tmp_path))
+    assert vocabulary.size == len(ranks) + 1 <= 401
     rng = random.Random(0)
     letters = list(map(chr, range(0x3000))) + list(" \n\r\t🤗\u2028\ufeff\U0010ffff") * 500
-    ugly = ["", " ", "\n\n\t x", "def f(a, b):\r\n    return a*b  # 1234567\n", "a" * 99999,
+    ugly = [" ", "\n\n\t x", "def f(a, b):\r\n    return a*b  # 1234567\n", "a" * 99999,
             "<|endoftext|>"]
     ugly += ["".join(rng.choices(letters, k=200)) for _ in range(200)]
     for text in ugly:
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert len(encoding.encode_ordinary("def f(x):\n    return x\n")) < 10
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert len(vocabulary.encode("def f(x):\n    return x\n")) < 10
 
 
 def test_a_million_spaces_are_encoded():
     # By GPT-4's own pattern they are not.
-    encoding = tokenizer.encoding_of({bytes([b]): b for b in range(256)})
+    vocabulary = tokenizer.Own({bytes([b]): b for b in range(256)})
     for text in (" " * 10**6 + "x", "\n" * 10**6, " \n" * 10**6):
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
+        assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -346,18 +342,8 @@ def test_a_million_spaces_are_encoded():
 def test_a_damaged_vocabulary_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "vocab.tiktoken").write_bytes(content)
     with pytest.raises(UserError) as error:
-        tokenizer.load_encoding(str(tmp_path))
+        tokenizer.open_vocabulary(str(tmp_path))
     sentence(error, "vocab.tiktoken", "prepare the corpus again")
-
-
-def test_without_a_vocabulary_and_a_network_a_sentence_says_so(tmp_path, monkeypatch):
-    def offline(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
-    with pytest.raises(UserError) as error:
-        tokenizer.load_encoding(str(tmp_path))
-    sentence(error, "vocab.tiktoken is not there", "connect once")
 
 
 # ---- corpora
@@ -377,15 +363,16 @@ def folder(tmp_path):
     return root
 
 
-def texts(corpus):
-    encoding = tokenizer.load_encoding(str(corpus))
-    patterns = prepare.files(str(corpus))
-    return [encoding.decode(open_tokens(pattern)[0].tolist()) for pattern in patterns]
+def contents(corpus):
+    vocabulary = tokenizer.open_vocabulary(str(corpus))
+    patterns = prepared.files(str(corpus))
+    return [vocabulary.decode(open_tokens(pattern)[0].tolist()) for pattern in patterns]
 
 
 def digest(corpus):
-    contents = [(corpus / name).read_bytes() for name in sorted(os.listdir(corpus))]
-    return [hashlib.sha256(content).hexdigest() for content in contents]
+    """Of everything in a folder except the facts, which hold the times of the files."""
+    names = sorted(set(os.listdir(corpus)) - {prepared.FACTS})
+    return [hashlib.sha256((corpus / name).read_bytes()).hexdigest() for name in names]
 
 
 def test_preparing_twice_gives_the_same_bytes_and_each_document_once(folder, tmp_path):
@@ -393,38 +380,41 @@ def test_preparing_twice_gives_the_same_bytes_and_each_document_once(folder, tmp
         out = str(tmp_path / name)
         assert prepare.prepare(str(folder), 300, out=out) == out
     assert digest(tmp_path / "first") == digest(tmp_path / "second")
-    assert len(os.listdir(tmp_path / "first")) == 3
-    train, val = (text.split(tokenizer.END)[1:] for text in texts(tmp_path / "first"))
+    names = [".quartet.json", "corpus.json", "train.bin", "val.bin", "vocab.tiktoken"]
+    assert sorted(os.listdir(tmp_path / "first")) == names
+    train, val = (text.split(tokenizer.END)[1:] for text in contents(tmp_path / "first"))
     assert sorted(train + val) == sorted(f"document {i}\n" * 40 for i in range(200))
-    assert 1 <= len(val) <= 20
+    assert 20 <= len(val) <= 24
     # The folder is ready, and itself the name of a corpus.
     assert prepare.prepare(str(tmp_path / "first")) == str(tmp_path / "first")
 
 
 def test_the_split_goes_by_name_and_does_not_depend_on_the_machine(folder):
-    names = [name for name, *_ in prepare.unique(prepare.list_files(str(folder)))]
+    kept, _ = texts.unique(texts.list_files(str(folder))[0])
+    names = [file.name for file in kept]
     assert names == sorted(names)
     assert "d3/3.txt" not in names and "copy.txt" in names          # the first of the two
-    assert [name for name in names if prepare.in_val(name)] == ["d1/127.txt", "d3/73.txt"]
-    pieces = [prepare.Piece(f"file{i}", "", 0, 100) for i in range(6400)]
-    train, val = prepare.split(pieces)
+    assert [name for name in names if split.in_val(name)] == ["d1/127.txt", "d3/73.txt"]
+    pieces = [split.Piece(f"file{i}", "", 0, 1000) for i in range(6400)]
+    train, val = split.split(pieces)
     assert 60 < len(val) < 140
     assert not {piece.name for piece in train} & {piece.name for piece in val}
 
 
 @pytest.mark.parametrize("text", [
-    "line\n" * 999,
-    "日本語🤗é" * 99,
-    "🤗" * 5 + "abc",
-    "abcdefghijk" * 30,
-    "".join(map(chr, range(32, 3000))),
+    "line\n" * 3999,
+    "日本語🤗é" * 999,
+    "🤗" * 3005 + "abc",
+    "abcdefghijk" * 1000,
+    "".join(map(chr, range(32, 9000))),
 ])
 def test_one_file_is_one_document_whose_last_tenth_is_for_validation(tmp_path, text):
     (tmp_path / "notes.txt").write_bytes(text.encode())
     prepare.prepare(str(tmp_path / "notes.txt"), 300, out=str(tmp_path / "notes"))
-    train, val = texts(tmp_path / "notes")
+    train, val = contents(tmp_path / "notes")
     assert train + val == tokenizer.END + text
-    assert len(val) <= 3 + .11 * len(text)
+    share = len(val.encode()) / len(text.encode())
+    assert share == pytest.approx(0.1, abs=0.001)
 
 
 def test_a_changed_file_is_another_corpus_and_its_name_tells_whose(tmp_path):
@@ -446,7 +436,7 @@ def test_a_complete_corpus_is_left_alone_and_a_broken_one_is_made_again(folder, 
     with pytest.raises(UserError) as error:
         prepare.prepare(str(folder), 290, out=str(out))
     sentence(error, "vocabulary of 300, not 290")
-    for name in os.listdir(out):
+    for name in ("train.bin", "val.bin", "vocab.tiktoken"):
         # The end of the vocabulary is a rank.
         (out / name).write_bytes((out / name).read_bytes()[:-3])
         prepare.prepare(str(folder), 300, out=str(out))
@@ -457,27 +447,26 @@ def test_other_files_in_the_output_folder_survive(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     prepare.prepare(str(folder), 300, out=str(tmp_path / "out"))
-    names = sorted(os.listdir(tmp_path / "out"))
-    assert names == ["thesis.tex", "train.bin", "val.bin", "vocab.tiktoken"]
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "out" / "train.bin").exists()
 
 
 def test_ready_shards_of_others_are_a_corpus_as_they_are(tmp_path):
     for name in ("x_train_1.bin", "x_train_2.bin", "x_val_0.bin"):
         make(tmp_path / name, np.arange(500))
-    train, val = prepare.files(prepare.prepare(str(tmp_path)))
-    assert len(open_tokens(train)) == 2
-    assert len(open_tokens(val)) == 1
-    assert tokenizer.vocab_size(str(tmp_path), open_tokens(train)) == 50257
+    opened = open_corpus(str(tmp_path))
+    assert (len(opened.train), len(opened.val), opened.vocabulary.size) == (2, 1, 50257)
+    assert opened.folder == str(tmp_path)
 
 
 def test_the_standard_library_is_a_corpus_of_sources_without_tests():
-    names = [name for name, _ in prepare.list_files("stdlib")]
+    names = [file.name for file in texts.list_files("stdlib")[0]]
     assert len(names) > 500
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py"} < set(names)
     unwanted = {"test", "tests", "site-packages"}
     assert not [name for name in names if unwanted & set(name.split("/")[:-1])]
-    names = {name for name, _ in prepare.list_files("python")}
+    names = {file.name for file in texts.list_files("python")[0]}
     assert {"argparse.py", "numpy/__init__.py", "tqdm/std.py"} < names
 
 
@@ -487,31 +476,31 @@ def run(*args, **kwargs):
                           capture_output=True, text=True, **kwargs)
 
 
-def run_main(monkeypatch, capsys, *args):
+def run_main(capsys, *args):
     """Runs prepare.py as run() does, but in this process: a new one takes a second to start."""
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        prepare.main()
-    return stop.value.code, capsys.readouterr().err
+    code = prepare.main(list(map(str, args)))
+    return code, capsys.readouterr().err
 
 
 def test_prepare_says_what_is_wrong_in_one_sentence_exits_with_2_and_leaves_nothing(
-        tmp_path, monkeypatch, capsys):
+        tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "none").mkdir()
     out = tmp_path / "out"
     cases = {
         ("nosuch",): "stdlib, python, shakespeare, c4, fineweb",
-        (tmp_path / "empty.txt", "--out", out): "none of 1 files is UTF-8 text",
-        (tmp_path / "none", "--out", out): "none of 0 files is UTF-8 text",
-        (tmp_path / "one.txt", "--out", out): "too little text",
+        (tmp_path / "empty.txt", "--out", out): "'empty.txt' is empty",
+        (tmp_path / "none", "--out", out): "it has no files",
+        (tmp_path / "one.txt", "--out", out): "has 1 bytes of text, which is too little",
         (tmp_path / "one.txt", "--vocab", 7): "a vocabulary of 7 is not possible",
+        (tmp_path / "one.txt", "--vocab", 0): "a vocabulary of 0 is not possible",
+        ("fineweb", "--vocab", 60000): "GPT-2's vocabulary, which has 50,257 entries, not 60000",
         ("c4", "--shards", 0): "0 shards are too few",
         (tmp_path / "one.txt", "--out", tmp_path / "one.txt" / "out"): "Not a directory",
     }
     for args, words in cases.items():
-        code, message = run_main(monkeypatch, capsys, *args)
+        code, message = run_main(capsys, *args)
         assert code == 2, message
         assert message.startswith("prepare: ")
         assert words in message
@@ -520,8 +509,8 @@ def test_prepare_says_what_is_wrong_in_one_sentence_exits_with_2_and_leaves_noth
     done = run("nosuch", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("prepare: ") and done.stderr.count("\n") == 1, done.stderr
-    code, _ = run_main(monkeypatch, capsys, "stdlib", "--vocabulary", 7)        # a typo
-    assert code == 2
+    code, message = run_main(capsys, "stdlib", "--vocabulary", "7")     # a typo
+    assert code == 2 and message.startswith("prepare: ") and message.count("\n") == 1
 
 
 @contextlib.contextmanager
@@ -555,7 +544,7 @@ def test_an_interrupted_preparation_leaves_nothing(folder, tmp_path, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "groups", interrupted)
+    monkeypatch.setattr(build, "groups", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(str(folder), 300, out=str(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["text"]
@@ -605,7 +594,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = server.body
         self.send_response(server.status or self.status_of(start))
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            sent = f"{start}-{len(body) - 1}" if start < len(body) else "*"
+            self.send_header("Content-Range", f"bytes {sent}/{len(body)}")
         self.send_header("Content-Length", str(len(body[start:])))
         self.send_header("ETag", '"' + "ab" * 32 + '"')             # as GitHub's: not a SHA-256
         self.end_headers()
@@ -675,6 +665,18 @@ def test_a_part_longer_than_the_file_is_thrown_away(server, tmp_path):
     assert server.starts == [2_000_000, 0]
 
 
+def test_a_part_that_is_complete_is_not_downloaded_again(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(server.body)
+    good = hashlib.sha256(server.body).hexdigest()
+    assert get(server, tmp_path, sha256=good) == server.body
+    assert server.starts == [len(server.body)]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file.part").write_bytes(server.body)
+    with pytest.raises(UserError) as error:
+        get(server, tmp_path / "other", sha256="0" * 64)
+    sentence(error, "SHA-256", "try again")
+
+
 def test_a_download_that_never_completes_keeps_its_part_and_says_where(server, tmp_path):
     server.cuts = [100, 100, 100, 100]
     with pytest.raises(UserError) as error:
@@ -700,9 +702,9 @@ def test_a_checksum_given_or_published_on_a_redirect_is_checked(server, tmp_path
 def test_without_a_network_one_sentence_says_what_works_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(prepare, "HERE", str(tmp_path))
-    monkeypatch.setattr(prepare, "URLS", {name: "http://127.0.0.1:9/{}" for name in prepare.URLS})
-    for name in prepare.URLS:
-        code, message = run_main(monkeypatch, capsys, name)
+    monkeypatch.setattr(web, "URLS", {name: "http://127.0.0.1:9/{}" for name in web.URLS})
+    for name in web.URLS:
+        code, message = run_main(capsys, name)
         assert code == 2
         assert message.count("\n") == 1
         assert message.startswith("prepare: cannot download http://127.0.0.1:9/")
@@ -726,29 +728,40 @@ def test_what_a_server_does_not_have_is_said_at_once_and_its_trouble_is_waited_o
 
 
 def test_the_corpora_from_the_network_are_made_of_what_it_sends(server, tmp_path, monkeypatch):
-    urls = {name: f"{server.url}/{name}-{{}}" for name in prepare.URLS}
+    urls = {name: f"{server.url}/{name}-{{}}" for name in web.URLS}
     monkeypatch.setattr(prepare, "HERE", str(tmp_path))
-    monkeypatch.setattr(prepare, "URLS", urls)
+    monkeypatch.setattr(web, "URLS", urls)
     pages = [f"page {i} of the web, \ud800" for i in range(500)]
     lines = [json.dumps({"text": page}) for page in pages]
     server.body = gzip.compress("\n".join(lines).encode())
-    train, val = texts(prepare.prepare("c4", 300))
+    train, val = contents(prepare.prepare("c4", 300))
     expected = "".join(tokenizer.END + page.replace("\ud800", "?") for page in pages)
     assert train == val == expected
     before = digest(tmp_path / "c4-300")
-    train, val = prepare.files(prepare.prepare("c4", 300, shards=3))
+    train, val = prepared.files(prepare.prepare("c4", 300, shards=3))
     assert len(open_tokens(train)) == 3
     assert len(open_tokens(val)) == 1
-    assert set(before) <= set(digest(tmp_path / "c4-300"))          # what was there is kept
+    # What was there is kept, apart from the record.
+    assert len(set(before) - set(digest(tmp_path / "c4-300"))) == 1
 
-    server.body = b"To be, or not to be\n" * 500
+    server.body = server.body[:-9]
+    train = tmp_path / "downloads" / "c4-train.00000-of-01024.json.gz"
+    train.write_bytes(train.read_bytes()[:-9])
+    with pytest.raises(UserError) as error:
+        prepare.prepare("c4", 301)
+    sentence(error, train.name, "is damaged")
+
+    server.body = b"To be, or not to be\n" * 600
     sha256 = hashlib.sha256(server.body).hexdigest()
-    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", sha256)
-    shakespeare = texts(prepare.prepare("shakespeare", 300))
+    monkeypatch.setattr(web, "SHAKESPEARE_SHA256", sha256)
+    shakespeare = contents(prepare.prepare("shakespeare", 300))
     assert "".join(shakespeare) == tokenizer.END + server.body.decode()
 
     with open(make(tmp_path / "t.bin", np.arange(5000)), "rb") as file:
         server.body = file.read()
-    train, val = prepare.files(prepare.prepare("fineweb", shards=2))
+    train, val = prepared.files(prepare.prepare("fineweb", shards=2))
     assert len(open_tokens(train)) == 2
     assert len(open_tokens(val)) == 1
+    counts = prepared.read_record(str(tmp_path / "fineweb"))["counts"]
+    assert counts == {f"fineweb_{part}.bin": [5000, None]
+                      for part in ("train_000001", "train_000002", "val_000000")}
