@@ -9,8 +9,9 @@ its arguments and results, and several implementations. The device of the tensor
 torch.compile does not look into an op. It only has to know the shapes of the results, which a
 "fake" implementation tells it.
 
-An op takes and returns plain tensors, because a schema knows nothing else. The functions of the
-same names in this file wrap the ops, and put codes and scales together: use these.
+An op takes and returns plain tensors and numbers, because a schema knows nothing else. The
+functions of the same names in this file wrap the ops: they put codes and scales together, and take
+words for settings. Use these.
 
 Shapes: M is a number of rows, K of columns, in blocks of 32. A packed matrix is codes [M, K/2] and
 scales [M, K/32]; reference.py explains both. The operands of a gradient's product have a format:
@@ -29,6 +30,14 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .check import check
+
+# A word reaches an op as its place in one of these lists. An op must take no str: every str that
+# crosses torch's stable ABI is leaked, 48 bytes each (torch 2.11 to 2.13). The enums of
+# kernels/ops.h have the same order; there "fp8" is fp8_left or fp8_right.
+SCALES = ("floor", "nearest")
+SIGN_ORDERS = ("before", "after", "none")
+OPERAND_FORMATS = ("packed", "mxf4", "fp8")
 
 TILE_SIDE = 128                 # of the tiles of FP8 values and of the tiles of scales
 BYTES_PER_SCALE_TILE = 512      # 128 rows of 4 scales
@@ -40,6 +49,16 @@ class Packed(NamedTuple):
     """A matrix of 4-bit values, or an operand of a product in another format of those above."""
     codes: Tensor
     scales: Tensor
+
+
+def number_of(word, words):
+    check(word in words, f"{word!r} is not one of {', '.join(words)}")
+    return words.index(word)
+
+
+def word_of(number, words):
+    check(0 <= number < len(words), f"{number} is not the number of one of {', '.join(words)}")
+    return words[number]
 
 
 def op(schema, fallback, tags=()):
@@ -89,8 +108,12 @@ def operand_shapes(like, rows, columns, operand_format, is_right=False):
 
 # ---- the quantiser of the forward pass
 
-@op("quantize_forward(Tensor x, str scale) -> (Tensor codes, Tensor scales, Tensor mask)",
-    reference.quantize_forward)
+def quantize_forward_by_definition(x, scale):
+    return reference.quantize_forward(x, word_of(scale, SCALES))
+
+
+@op("quantize_forward(Tensor x, int scale) -> (Tensor codes, Tensor scales, Tensor mask)",
+    quantize_forward_by_definition)
 def quantize_forward_shapes(x, scale):
     return *packed_shapes(x, *x.shape), mask_shape(x)
 
@@ -100,19 +123,27 @@ def quantize_forward(x, scale):
 
     Returns Packed [M, K] and the mask of what was not clipped, int32 [M, K/32], one bit a value.
     """
-    codes, scales, mask = torch.ops.fp4.quantize_forward(x, scale)
+    codes, scales, mask = torch.ops.fp4.quantize_forward(x, number_of(scale, SCALES))
     return Packed(codes, scales), mask
 
 
 # ---- the quantisers of the backward pass
 
-@op("quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, str sign_order,"
-    " str sign_order_t, str operand_format)"
+def quantize_backward_by_definition(
+        x, signs, seeds, stochastic, sign_order, sign_order_t, operand_format):
+    return reference.quantize_backward(
+        x, signs, seeds, stochastic, word_of(sign_order, SIGN_ORDERS),
+        word_of(sign_order_t, SIGN_ORDERS), word_of(operand_format, OPERAND_FORMATS))
+
+
+@op("quantize_backward(Tensor x, Tensor signs, Tensor seeds, bool stochastic, int sign_order,"
+    " int sign_order_t, int operand_format)"
     " -> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
-    reference.quantize_backward)
+    quantize_backward_by_definition)
 def quantize_backward_shapes(
         x, signs, seeds, stochastic, sign_order, sign_order_t, operand_format):
     rows, columns = x.shape
+    operand_format = word_of(operand_format, OPERAND_FORMATS)
     plain = operand_shapes(x, rows, columns, operand_format)
     transposed = operand_shapes(x, columns, pad_to_32(rows), operand_format)
     return *plain, *transposed
@@ -125,18 +156,27 @@ def quantize_backward(x, signs, seeds, stochastic, sign_order, sign_order_t, ope
     Returns two Packed, x and x.T; M of the second is padded with zeros to a multiple of 32.
     """
     values, scales, values_t, scales_t = torch.ops.fp4.quantize_backward(
-        x, signs, seeds, stochastic, sign_order, sign_order_t, operand_format)
+        x, signs, seeds, stochastic, number_of(sign_order, SIGN_ORDERS),
+        number_of(sign_order_t, SIGN_ORDERS), number_of(operand_format, OPERAND_FORMATS))
     return Packed(values, scales), Packed(values_t, scales_t)
 
 
+def requantize_transposed_by_definition(
+        codes, scales, signs, seed, stochastic, sign_order, operand_format):
+    return reference.requantize_transposed(
+        codes, scales, signs, seed, stochastic, word_of(sign_order, SIGN_ORDERS),
+        word_of(operand_format, OPERAND_FORMATS))
+
+
 @op("requantize_transposed(Tensor codes, Tensor scales, Tensor signs, Tensor seed,"
-    " bool stochastic, str sign_order, str operand_format)"
+    " bool stochastic, int sign_order, int operand_format)"
     " -> (Tensor values_t, Tensor scales_t)",
-    reference.requantize_transposed)
+    requantize_transposed_by_definition)
 def requantize_transposed_shapes(
         codes, scales, signs, seed, stochastic, sign_order, operand_format):
     rows = 2 * codes.shape[1]
     columns = pad_to_32(codes.shape[0])
+    operand_format = word_of(operand_format, OPERAND_FORMATS)
     return operand_shapes(codes, rows, columns, operand_format, is_right=True)
 
 
@@ -146,7 +186,8 @@ def requantize_transposed(packed, signs, seed, stochastic, sign_order, operand_f
     Returns Packed [K, M], with M padded with zeros to a multiple of 32. seed is int64 [1].
     """
     return Packed(*torch.ops.fp4.requantize_transposed(
-        *packed, signs, seed, stochastic, sign_order, operand_format))
+        *packed, signs, seed, stochastic, number_of(sign_order, SIGN_ORDERS),
+        number_of(operand_format, OPERAND_FORMATS)))
 
 
 # torch.compile would draw anew for each tensor that uses the signs, if it saw the drawing. So it is
@@ -206,7 +247,7 @@ def quantize_then_gemm(x, scale, b, b_scales):
     return y, codes, scales, mask
 
 
-@op("quantize_gemm(Tensor x, str scale, Tensor b, Tensor b_scales)"
+@op("quantize_gemm(Tensor x, int scale, Tensor b, Tensor b_scales)"
     " -> (Tensor y, Tensor codes, Tensor scales, Tensor mask)",
     quantize_then_gemm)
 def quantize_gemm_shapes(x, scale, b, b_scales):
@@ -219,7 +260,7 @@ def quantize_gemm(x, scale, b):
 
     Returns y = x @ b.T [M, N] in x's dtype, Packed x, and its mask.
     """
-    y, codes, scales, mask = torch.ops.fp4.quantize_gemm(x, scale, *b)
+    y, codes, scales, mask = torch.ops.fp4.quantize_gemm(x, number_of(scale, SCALES), *b)
     return y, Packed(codes, scales), mask
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from fp4 import reference
+from fp4.ops import SIGN_ORDERS
 from test_kernels import HOW_BACKWARD, same, same_scale_tiles, same_tiles
 
 TESTS = Path(__file__).resolve().parent
@@ -28,7 +29,6 @@ SOURCES = ["quantize.cu", "elementwise.cu", "fp8_tiles.cu", "gemm_fp32.cu", "gem
 REPLACED_HEADERS = ["ptx/tma.cuh", "ptx/wgmma.cuh"]             # by models/sm90_on_cpu.h
 
 PACKED, MXF4, FP8_LEFT, FP8_RIGHT = range(4)                    # OperandFormat in ops.h
-SIGN_ORDERS = ["before", "after", "none"]                       # SignOrder in ops.h
 
 
 def find_toolkit():

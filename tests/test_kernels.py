@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 import fp4
-from fp4 import reference
+from fp4 import ops, reference
 from fp4.backend import swizzle_scales
+from fp4.ops import Packed
 from test_blackwell import unswizzle
 
 BACKEND = fp4.build()
-ops = torch.ops.fp4
 pytestmark = pytest.mark.skipif(not BACKEND.is_compiled, reason="no compiler on this machine")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -83,32 +83,37 @@ def x(request):
     return VALUES[value](torch.randn(M, K)).to(dtype)
 
 
-def as_tuple(result):
-    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+def flat(result):
+    """Returns the tensors of a result, which may be in tuples in a tuple, in a list."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for part in result for tensor in flat(part)]
 
 
 def to_device(device, *tensors):
-    return [t.to(device) for t in tensors]
+    """Moves tensors; a Packed stays a Packed."""
+    return [Packed(*to_device(device, *t)) if isinstance(t, Packed) else t.to(device)
+            for t in tensors]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_op_gives_the_bytes_of_the_definition(x, device):
-    def check(name, *args):
-        moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-        got = as_tuple(getattr(ops, name)(*moved))
-        want = as_tuple(getattr(reference, name)(*args))
-        same(to_device("cpu", *got), want)
+    def check(name, tensors, *settings):
+        got = getattr(ops, name)(*to_device(device, *tensors), *settings)
+        want = getattr(reference, name)(*flat(tensors), *settings)
+        same(to_device("cpu", *flat(got)), flat(want))
 
-    for scale in ("floor", "nearest"):
-        check("quantize_forward", x, scale)
-    codes, scales, mask = reference.quantize_forward(x, "floor")
+    for scale in ops.SCALES:
+        check("quantize_forward", [x], scale)
+    *packed, mask = reference.quantize_forward(x, "floor")
+    packed = Packed(*packed)
     signs, seeds = reference.draw(x, x, 3)
     for stochastic, order, order_t in HOW_BACKWARD:
-        check("quantize_backward", x, signs, seeds[:2], stochastic, order, order_t, "packed")
-        check("requantize_transposed", codes, scales, signs, seeds[2:], stochastic, order, "packed")
+        check("quantize_backward", [x, signs, seeds[:2]], stochastic, order, order_t, "packed")
+        check("requantize_transposed", [packed, signs, seeds[2:]], stochastic, order, "packed")
     for dtype in (torch.float32, torch.bfloat16):
-        check("dequantize", codes, scales, dtype)
-        check("unrotate", x, mask, dtype)
+        check("dequantize", [packed], dtype)
+        check("unrotate", [x, mask], dtype)
 
 
 def tiles_of(codes, scales, right=False):
@@ -169,17 +174,17 @@ def same_scale_tiles(got, want, right=False, zeros=127):
 @pytest.mark.parametrize("operand_format, same_operand", [
     ("fp8", same_tiles), ("mxf4", same_scale_tiles)])
 def test_operands_and_scales_in_tiles_are_the_packed_ones_exactly(x, operand_format, same_operand):
-    codes, scales, _ = reference.quantize_forward(x, "floor")
+    packed = Packed(*reference.quantize_forward(x, "floor")[:2])
     signs, seeds = reference.draw(x, x, 3)
     for stochastic, order, order_t in HOW_BACKWARD:
-        got = ops.quantize_backward(*to_device("cuda", x, signs, seeds[:2]),
-                                    stochastic, order, order_t, operand_format)
+        got, got_t = ops.quantize_backward(*to_device("cuda", x, signs, seeds[:2]),
+                                           stochastic, order, order_t, operand_format)
         want = reference.quantize_backward(x, signs, seeds[:2], stochastic, order, order_t)
-        same_operand(got[:2], want[:2])
-        same_operand(got[2:], want[2:])
-        got = ops.requantize_transposed(*to_device("cuda", codes, scales, signs, seeds[2:]),
+        same_operand(got, want[:2])
+        same_operand(got_t, want[2:])
+        got = ops.requantize_transposed(*to_device("cuda", packed, signs, seeds[2:]),
                                         stochastic, order, operand_format)
-        want = reference.requantize_transposed(codes, scales, signs, seeds[2:], stochastic, order)
+        want = reference.requantize_transposed(*packed, signs, seeds[2:], stochastic, order)
         same_operand(got, want, True)
 
 
@@ -195,16 +200,15 @@ def test_tiles_that_a_block_of_threads_takes_one_after_the_other(operand_format,
     K = 128 * torch.cuda.get_device_properties().multi_processor_count - 32
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[M // 2, 5] = torch.nan
-    codes, scales, _ = reference.quantize_forward(x, "floor")
+    packed = Packed(*reference.quantize_forward(x, "floor")[:2])
     signs, seeds = reference.draw(x, x, 3)
-    got = ops.quantize_backward(*to_device("cuda", x, signs, seeds[:2]),
-                                stochastic, "before", "before", operand_format)
+    got, got_t = ops.quantize_backward(*to_device("cuda", x, signs, seeds[:2]),
+                                       stochastic, "before", "before", operand_format)
     want = reference.quantize_backward(x, signs, seeds[:2], stochastic, "before", "before")
-    got_again = ops.requantize_transposed(*to_device("cuda", codes, scales, signs, seeds[2:]),
+    got_again = ops.requantize_transposed(*to_device("cuda", packed, signs, seeds[2:]),
                                           stochastic, "before", operand_format)
-    want_again = reference.requantize_transposed(
-        codes, scales, signs, seeds[2:], stochastic, "before")
-    for is_right, a, b in ((False, got[:2], want[:2]), (False, got[2:], want[2:]),
+    want_again = reference.requantize_transposed(*packed, signs, seeds[2:], stochastic, "before")
+    for is_right, a, b in ((False, got, want[:2]), (False, got_t, want[2:]),
                            (True, got_again, want_again)):
         if operand_format == "packed":
             same(to_device("cpu", *a), b)
@@ -218,7 +222,7 @@ DTYPES_AND_ULPS = [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)]
 
 
 def random_packed(rows, K):
-    return reference.quantize_forward(torch.randn(rows, K), "floor")[:2]
+    return Packed(*reference.quantize_forward(torch.randn(rows, K), "floor")[:2])
 
 
 def product_of_magnitudes(a, b):
@@ -235,7 +239,7 @@ def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, 
     torch.manual_seed(K)
     a = random_packed(M, K)
     b = random_packed(N, K)
-    got = ops.gemm(*to_device(device, *a, *b), 16 / 9, dtype).cpu().double()
+    got = ops.gemm(*to_device(device, a, b), 16 / 9, dtype).cpu().double()
     exact = reference.gemm(*a, *b, 16 / 9, torch.float32).double()
     size = product_of_magnitudes(a, b)
     assert (got - exact).abs().le(K * 2 ** -24 * size + ulp * exact.abs()).all()
@@ -247,20 +251,22 @@ def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, 
 def test_quantising_and_multiplying_in_one_gives_what_both_give_apart(M, N, K, dtype, device):
     torch.manual_seed(K)
     x = torch.randn(M, K, device=device, dtype=dtype)
-    w, w_scales, _ = ops.quantize_forward(torch.randn(N, K, device=device), "floor")
+    w, _ = ops.quantize_forward(torch.randn(N, K, device=device), "floor")
     x[0, 5] = float("nan")
-    codes, scales, mask = ops.quantize_forward(x, "nearest")
-    y = ops.gemm(codes, scales, w, w_scales, 1.0, dtype)
-    same(ops.quantize_gemm(x, "nearest", w, w_scales), [y, codes, scales, mask])
+    xq, mask = ops.quantize_forward(x, "nearest")
+    y = ops.gemm(xq, w, 1.0, dtype)
+    same(flat(ops.quantize_gemm(x, "nearest", w)), [y, *xq, mask])
 
 
 def operands_of_the_backend(a, b, device):
     """Brings the packed operands of a gradient's product to a device, in its backend's format."""
     if device == "cuda" and BACKEND.operand_format == "fp8":
-        return to_device("cuda", *tiles_of(*a)[:2], *tiles_of(*b, True)[:2])
+        a = Packed(*tiles_of(*a)[:2])
+        b = Packed(*tiles_of(*b, True)[:2])
     if device == "cuda" and BACKEND.operand_format == "mxf4":
-        return to_device("cuda", a[0], swizzle_scales(a[1]), b[0], swizzle_scales(b[1]))
-    return to_device(device, *a, *b)
+        a = Packed(a.codes, swizzle_scales(a.scales))
+        b = Packed(b.codes, swizzle_scales(b.scales))
+    return to_device(device, a, b)
 
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
@@ -289,8 +295,8 @@ def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, dev
 def test_a_nan_scale_makes_the_row_of_the_product_nan_and_no_other(device):
     a = random_packed(200, 256)
     b = random_packed(64, 256)
-    a[1][7, 3] = 255
-    got = ops.gemm(*to_device(device, *a, *b), 1.0, torch.float32).cpu()
+    a.scales[7, 3] = 255
+    got = ops.gemm(*to_device(device, a, b), 1.0, torch.float32).cpu()
     assert got[7].isnan().all()
     assert got.isnan().sum() == 64
 
@@ -318,18 +324,15 @@ def test_folding_into_fp8_changes_no_value_within_15_octaves():
         codes[:, 48:64] = 0
         codes[:, 64] = 7                        # nothing is lost at the lower end
         scales[:, 4] = scales.amin(1)
-        codes = codes.cuda()
-        scales = scales.to(torch.uint8).cuda()
-        fp8, row_scales = ops.packed_to_fp8(codes, scales, 1.0)
-        values = ops.dequantize(codes, scales, torch.float32)
+        packed = Packed(codes.cuda(), scales.to(torch.uint8).cuda())
+        fp8, row_scales = torch.ops.fp4.packed_to_fp8(*packed, 1.0)
+        values = ops.dequantize(packed, torch.float32)
         assert torch.equal(fp8.double() * row_scales.double(), values.double())
 
 
 @pytest.mark.parametrize("seeds, sign_order_t, operand_format, words", [
     (3, "before", "packed", "seeds must have 2"),
     (2, "before", "mxf4", "tiles are for a GPU"),
-    (2, "before", "bf16", "format must be"),
-    (2, "up", "packed", "must be before, after or none"),
 ])
 def test_quantize_backward_takes_no_argument_it_would_misread(
         seeds, sign_order_t, operand_format, words):
@@ -350,13 +353,13 @@ def test_an_op_takes_no_matrix_it_would_misread():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_op_makes_no_output_of_a_dtype_it_would_misread(device):
-    codes, scales = to_device(device, *random_packed(32, 64))
+    packed, = to_device(device, random_packed(32, 64))
     d = torch.randn(32, 64, device=device)
     mask = torch.zeros(32, 2, dtype=torch.int32, device=device)
     calls = [
-        lambda: ops.dequantize(codes, scales, torch.float16),
+        lambda: ops.dequantize(packed, torch.float16),
         lambda: ops.unrotate(d, mask, torch.float16),
-        lambda: ops.gemm(codes, scales, codes, scales, 1.0, torch.float16),
+        lambda: ops.gemm(packed, packed, 1.0, torch.float16),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="dtype must be float32 or bfloat16"):
@@ -368,7 +371,7 @@ def test_an_op_makes_no_output_of_a_dtype_it_would_misread(device):
 def test_a_product_without_rows_or_with_part_of_a_block_of_columns_is_whole(M, N, K, device):
     a = random_packed(M, K)
     b = random_packed(N, K)
-    got = ops.gemm(*to_device(device, *a, *b), 1.0, torch.float32).cpu()
+    got = ops.gemm(*to_device(device, a, b), 1.0, torch.float32).cpu()
     exact = reference.gemm(*a, *b, 1.0, torch.float32)
     assert got.shape == (M, N)
     assert torch.allclose(got, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max() if M else 1))

@@ -4,7 +4,8 @@ calls the kernel for the device of its tensors. Their schemas and their versions
 fp4/ops.py. The operations that only a GPU with a product of our own has are in bind_gemm.h.
 
 They are written against torch's stable ABI (torch/csrc/stable), which compiles in seconds and needs
-nothing but the CPU's wheel of torch.
+nothing but the CPU's wheel of torch. No argument is a string, because that ABI leaks every string
+that crosses it. A setting is the number of a word; fp4/ops.py has the words.
 */
 #include <tuple>
 #include "bind_gemm.h"
@@ -14,7 +15,7 @@ namespace {
 
 // ---- the operations that a CPU and every GPU have
 
-std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, std::string scale) {
+std::tuple<Tensor, Tensor, Tensor> quantize_forward(const Tensor& x, int64_t scale) {
   check_blocks(x);
   const bool nearest = parse_scale(scale);
   const int64_t M = x.size(0);
@@ -42,9 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward(
     const Tensor& signs,
     const Tensor& seeds,
     bool stochastic,
-    std::string sign_order,
-    std::string sign_order_t,
-    std::string operand_format) {
+    int64_t sign_order,
+    int64_t sign_order_t,
+    int64_t operand_format) {
   check_blocks(x);
   check_random(x, signs, "signs", 1);
   check_random(x, seeds, "seeds", 2);
@@ -82,8 +83,8 @@ std::tuple<Tensor, Tensor> requantize_transposed(
     const Tensor& signs,
     const Tensor& seed,
     bool stochastic,
-    std::string sign_order,
-    std::string operand_format) {
+    int64_t sign_order,
+    int64_t operand_format) {
   check_packed(codes, scales);
   check_random(codes, signs, "signs", 1);
   check_random(codes, seed, "seed", 1);

@@ -244,7 +244,7 @@ Tensor gemm_cuda(
 // besides (ops.h), and so saves the pass that would read the packed matrix again.
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_gemm(
     const Tensor& x,
-    std::string scale,
+    int64_t scale,
     const Tensor& b,
     const Tensor& b_scales) {
   check_blocks(x);

@@ -111,33 +111,27 @@ void check_random(const Tensor& x, const Tensor& t, const char* name, int64_t n)
   CHECK(t.numel() == n, name, " must have ", n, " element(s), got ", t.numel());
 }
 
-// ---- arguments that are names
+// ---- arguments that are the numbers of words, in the order of the lists in fp4/ops.py
 
 // Returns whether the scale is rounded to the nearest power of two, rather than down.
-bool parse_scale(const std::string& scale) {
+bool parse_scale(int64_t scale) {
+  CHECK(scale == 0 || scale == 1, "scale must be 0 (floor) or 1 (nearest), got ", scale);
+  return scale == 1;
+}
+
+SignOrder parse_sign_order(int64_t number) {
   CHECK(
-      scale == "floor" || scale == "nearest",
-      "scale must be floor or nearest, got ", scale);
-  return scale == "nearest";
+      number >= 0 && number <= 2,
+      "sign_order must be 0 (before), 1 (after) or 2 (none), got ", number);
+  return SignOrder(number);
 }
 
-SignOrder parse_sign_order(const std::string& name) {
-  if (name == "before")
-    return SignOrder::before;
-  if (name == "after")
-    return SignOrder::after;
-  CHECK(name == "none", "sign_order must be before, after or none, got ", name);
-  return SignOrder::none;
-}
-
-// `fp8` is what the name "fp8" stands for: the format of a left or of a right operand.
-OperandFormat parse_operand_format(const std::string& name, OperandFormat fp8) {
-  if (name == "packed")
-    return OperandFormat::packed;
-  if (name == "mxf4")
-    return OperandFormat::mxf4;
-  CHECK(name == "fp8", "format must be packed, mxf4 or fp8, got ", name);
-  return fp8;
+// `fp8` is what the word "fp8" stands for: the format of a left or of a right operand.
+OperandFormat parse_operand_format(int64_t number, OperandFormat fp8) {
+  CHECK(
+      number >= 0 && number <= 2,
+      "operand_format must be 0 (packed), 1 (mxf4) or 2 (fp8), got ", number);
+  return number == 2 ? fp8 : OperandFormat(number);
 }
 
 // ---- the data of a tensor

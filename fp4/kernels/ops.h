@@ -39,7 +39,7 @@ void with_dtype(FloatMatrix x, F f) {
 
 // How an operand of a matrix product lies in memory. A GPU's product wants its operands in tiles,
 // and the quantisers write them so at once, because rearranging them later would cost another
-// pass.
+// pass. The order of the values is that of OPERAND_FORMATS in fp4/ops.py.
 enum class OperandFormat {
   // Codes and scales as described above. This is the only format on a CPU.
   packed,
@@ -54,7 +54,8 @@ enum class OperandFormat {
 
 // The backward quantiser multiplies each block by random signs and rotates it with a Hadamard
 // matrix, which spreads an outlier over the whole block. The paper's method applies the signs
-// first; the other orders are ablations.
+// first; the other orders are ablations. The order of the values is that of SIGN_ORDERS in
+// fp4/ops.py.
 enum class SignOrder {
   before,  // random signs, then the Hadamard matrix
   after,   // the Hadamard matrix, then random signs
