@@ -11,7 +11,9 @@ from .recipes import AXES, RECIPES, GemmSpec, Recipe, recipe
 
 MODULE_OF = {
     "Linear": "linear",
-    "quantize_weights": "linear",
+    "quantize_weights": "whole_model",
+    "check_weights": "whole_model",
+    "replace_linears": "whole_model",
     "Packed": "ops",
     "Backend": "backend",
 }
@@ -21,6 +23,7 @@ __all__ = ["AXES", "RECIPES", "GemmSpec", "Recipe", "build", "recipe", *MODULE_O
 def __getattr__(name):
     """Imports the module of a name that is not there yet; Python calls this when it misses one."""
     if name not in MODULE_OF:
-        raise AttributeError(f"module 'fp4' has no attribute {name!r}")
-    module = importlib.import_module(f"fp4.{MODULE_OF[name]}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Relative to this package, which may be a part of another one: vendor.fp4, say.
+    module = importlib.import_module(f".{MODULE_OF[name]}", __name__)
     return getattr(module, name)

@@ -42,7 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import emulate, ops
+from . import emulate, ops, stored_weight
 from .build import build
 from .ops import Packed
 
@@ -54,15 +54,20 @@ class QuartetMatmul(torch.autograd.Function):
 
     x           [M, K]  float32 or bfloat16
     weight      [N, K]  float32; it only receives the gradient: the products read w_quantized
-    w_quantized         what ops.quantize_forward makes of the weight: Packed wq, and its mask
+    w_quantized         of stored_weight.py: Packed wq, its mask, and whether it is stored
     recipe, backend, recompute      those of the Linear
     returns     [M, N]  in x's dtype
     """
 
     @staticmethod
     def forward(ctx, x, weight, w_quantized, recipe, backend, recompute):
-        wq, w_mask = w_quantized
-        y, xq, x_mask = ops.quantize_gemm(x, recipe.forward_scale, wq)
+        wq, w_mask, is_stored = w_quantized
+        if is_stored and torch.compiler.is_compiling():
+            # The op looks whether wq is still that of the weight, which a graph cannot see.
+            y, xq, x_mask = stored_weight.quantize_gemm(
+                x, recipe.forward_scale, weight, w_quantized)
+        else:
+            y, xq, x_mask = ops.quantize_gemm(x, recipe.forward_scale, wq)
 
         # With recompute, a compiled model does not keep xq, but hands x to the backward pass. In a
         # compiled model, save_for_backward does not decide what is stored: torch.compile chooses
@@ -124,84 +129,55 @@ def quantize_gradient_operands(dy, xq, wq, recipe, backend):
 
 
 class Linear(nn.Linear):
-    """nn.Linear without a bias, whose matrix products run as its recipe says.
+    """nn.Linear whose matrix products run as its recipe says.
 
     The weight stays float32 for the optimizer. Where the kernels compute the recipe, they read a
-    quantised copy. quantize_weights makes it, once per optimizer step, and every microbatch and
-    evaluation uses it until the weight changes. Other recipes quantise the weight in each call.
+    quantised copy. quantize_weight stores it, once per optimizer step, and every microbatch and
+    evaluation uses it until the weight changes (stored_weight.py). Without a stored copy, and in
+    other recipes, the weight is quantised in each call.
 
     recipe      what recipe("fp4") of recipes.py returns
     backend     what build() returns; None: call it, if the recipe has kernels
     recompute   for a layer whose input is cheap to compute again: when the model is compiled, the
                 backward pass computes and quantises x once more, from what other layers keep,
                 and this layer keeps neither x nor xq. It has no effect otherwise
+    bias        whether a bias, which is not quantised, is added to the product
 
     Raises ValueError unless both feature counts are multiples of 32 (of 16 if the recipe is
     emulated, and any number if nothing is quantised).
     """
 
-    def __init__(self, in_features, out_features, recipe, recompute=False, backend=None):
+    def __init__(self, in_features, out_features, recipe, recompute=False, backend=None,
+                 bias=False):
         recipe.check_features(in_features, out_features)
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__(in_features, out_features, bias=bias)
         self.recipe = recipe
         self.recompute = recompute
         self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
         if backend is None and self.has_kernels:
             backend = build()
         self.backend = backend
-        self.stored_weight = None                   # the copy: Packed wq, and its mask
-        self.stored_version = None                  # of the weight from which it was made
+        self.stored = None
 
     def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if not self.recipe.is_quantized:
-            return F.linear(x, self.weight.to(x.dtype))
+            return F.linear(x, self.weight.to(x.dtype), bias)
 
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.has_kernels:
-            y = QuartetMatmul.apply(rows, self.weight, self.weight_operand(), self.recipe,
-                                    self.backend, self.recompute)
+            w_quantized = stored_weight.operand(self.stored, self.weight, self.recipe.forward_scale)
+            y = QuartetMatmul.apply(
+                rows, self.weight, w_quantized, self.recipe, self.backend, self.recompute)
         else:
             y = emulate.Matmul.apply(rows, self.weight, self.recipe)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def weight_operand(self):
-        """Returns the stored copy of the weight, or a new one if there is none or it is outdated.
-
-        A compiled graph cannot see that the weight has changed, and uses the copy in any case. So
-        quantize_weights has to be called after every change.
-        """
-        if self.stored_weight is None:
-            return self.quantized_now()
-        if not torch.compiler.is_compiling() and self.stored_version != self.weight._version:
-            return self.quantized_now()
-        return self.stored_weight
-
-    def quantized_now(self):
-        return ops.quantize_forward(self.weight.detach(), self.recipe.forward_scale)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if bias is None else y + bias
 
     def quantize_weight(self):
-        """Makes the stored copy of the weight, which serves until the weight changes.
+        """Stores the quantised weight, which then serves until the weight changes."""
+        self.stored = stored_weight.store(self.stored, self.weight, self.recipe.forward_scale)
 
-        The copy stays in the same memory, where compiled code and CUDA graphs expect it.
-        """
-        new = self.quantized_now()
-        if self.stored_weight is None:
-            self.stored_weight = new
-        else:
-            wq, w_mask = self.stored_weight
-            new_wq, new_mask = new
-            wq.codes.copy_(new_wq.codes)
-            wq.scales.copy_(new_wq.scales)
-            w_mask.copy_(new_mask)
-        self.stored_version = self.weight._version
-
-
-def quantize_weights(model):
-    """Quantises the weight of every layer of the model that runs on the kernels.
-
-    A training loop calls it before its first step and after every optimizer.step(): once a step,
-    not once a microbatch.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear) and module.has_kernels:
-            module.quantize_weight()
+    def __getstate__(self):
+        """Leaves the stored copy out of copies and pickles of the layer: they make their own."""
+        return {**self.__dict__, "stored": None}

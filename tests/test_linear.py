@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 
 import fp4
-from fp4 import linear, reference
+from fp4 import linear, ops, reference, stored_weight
 from fp4.ops import Packed
 
 fp4.build()
-ops = torch.ops.fp4
 ON_KERNELS = [name for name, row in fp4.RECIPES.items() if row.has_kernels]
 
 
@@ -61,10 +60,12 @@ def test_gradients_are_autograds_when_the_quantiser_is_the_identity(monkeypatch)
     def gemm_unrotate(a, b, mask, alpha, dtype):
         return rotate(alpha * a.codes @ b.codes.T * mask)
 
-    monkeypatch.setattr(linear, "ops", types.SimpleNamespace(
+    identity = types.SimpleNamespace(
         draw=ops.draw, quantize_forward=quantize_forward, quantize_gemm=quantize_gemm,
         quantize_backward=quantize_backward, requantize_transposed=requantize_transposed,
-        gemm_unrotate=gemm_unrotate))
+        gemm_unrotate=gemm_unrotate)
+    monkeypatch.setattr(linear, "ops", identity)
+    monkeypatch.setattr(stored_weight, "ops", identity)
     layer, x, dy = layer_and_input()
     layer = layer.double()
     x = x.detach().double().requires_grad_()
@@ -132,16 +133,16 @@ def test_clipped_values_get_no_gradient_in_the_rotated_basis():
 def bits_gained(rounding, signs="before"):
     """Bits of the mean gradient that are right after 1, 4, ... 1024 backward passes, as gains."""
     layer, x, dy = layer_and_input(rounding=rounding, signs=signs)
-    codes, scales, _ = ops.quantize_forward(layer.weight.detach(), "floor")
-    exact = (dy @ ops.dequantize(codes, scales, torch.float32)).double()
+    wq, _ = ops.quantize_forward(layer.weight.detach(), "floor")
+    exact = (dy @ ops.dequantize(wq, torch.float32)).double()
     stochastic = rounding == "stochastic"
     total = 0
     bits = []
     for n in range(1, 1025):
         s, seeds = ops.draw(dy, dy, 4)
-        g = ops.quantize_backward(dy, s, seeds[:2], stochastic, signs, signs, "packed")[:2]
-        w = ops.requantize_transposed(codes, scales, s, seeds[2:3], stochastic, signs, "packed")
-        total = total + ops.gemm(*g, *w, 16 / 9, torch.float32).double()
+        g, _ = ops.quantize_backward(dy, s, seeds[:2], stochastic, signs, signs, "packed")
+        w = ops.requantize_transposed(wq, s, seeds[2:3], stochastic, signs, "packed")
+        total = total + ops.gemm(g, w, 16 / 9, torch.float32).double()
         if n in (1, 4, 16, 64, 256, 1024):
             bits.append(-torch.log2((total / n - exact).norm() / exact.norm()).item())
     return [b - a for a, b in zip(bits, bits[1:])]
@@ -248,10 +249,12 @@ def test_a_weight_is_quantised_once_per_optimizer_step_not_per_microbatch(monkey
         return call
 
     not_counted = ("draw", "quantize_backward", "requantize_transposed", "gemm_unrotate")
-    monkeypatch.setattr(linear, "ops", types.SimpleNamespace(
+    counting = types.SimpleNamespace(
         **{name: getattr(original, name) for name in not_counted},
         quantize_forward=counted(original.quantize_forward),
-        quantize_gemm=counted(original.quantize_gemm)))
+        quantize_gemm=counted(original.quantize_gemm))
+    monkeypatch.setattr(linear, "ops", counting)
+    monkeypatch.setattr(stored_weight, "ops", counting)
     fp4.quantize_weights(layer)
     for _ in range(3):
         for _ in range(4):

@@ -1,0 +1,131 @@
+"""
+The stored copy of a layer's quantised weight, and how a layer knows that it is fresh.
+
+A weight changes once in an optimizer step, and every microbatch and evaluation until the next one
+reads it. So it is quantised once (Linear.quantize_weight), and the copy stays in the same memory,
+where compiled code and CUDA graphs expect it. But not only the optimizer changes weights:
+load_state_dict, copy_, the swap with an average, .to and others do. So the copy has a note of its
+source: the memory of the weight, and torch's count of the changes made to it in place (_version).
+The copy is fresh as long as both are the same. (Torch forgets to count the step of a fused
+optimizer, so count_fused_step does.) Who looks?
+
+    eager       Linear.forward, before each product. It quantises the weight anew, for this
+                product alone, if the copy is not fresh
+    compiled    a graph cannot look, but an op in it can, whose implementation is in Python. It
+                renews the copy if it is not fresh: quantize_gemm, below
+    CUDA graph  nobody: a replay runs kernels only. Call quantize_weights after a change. That is
+                also what torch.compile(mode="reduce-overhead") does
+
+Nothing can see that weight.data is changed in place, which torch does not count. There, too, one
+has to call quantize_weights. check_weights of whole_model.py finds what was forgotten.
+"""
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import ops
+from .ops import Packed
+
+
+class QuantizedWeight(NamedTuple):
+    packed: Packed
+    mask: Tensor
+    is_stored: bool                 # rather than made for one product
+
+
+# ---- what a copy was made from
+
+def source_of(weight):
+    """Returns a token of the weight: two are equal if the weight was not changed between them.
+
+    It is the weight's memory and torch's count of its changes. The reference to the memory is
+    weak, so that it keeps none alive. An address alone would not do, because new memory can get
+    the address of old.
+    """
+    if weight.is_inference():
+        return object()             # Torch does not count its changes, so this equals nothing.
+    return weakref.ref(weight.untyped_storage()), weight.data_ptr(), weight._version
+
+
+def is_fresh(stored, weight):
+    # The note is on the codes, because an op of a compiled graph is given tensors only.
+    return getattr(stored.packed.codes, "source", None) == source_of(weight)
+
+
+def count_fused_step(optimizer, args, kwargs):
+    """Counts the step of an optimizer with fused=True as a change of its parameters."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(count_fused_step)
+
+
+# ---- making a copy, and choosing one for a product
+
+def quantize(weight, scale, is_stored=False):
+    # What inference mode makes could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        packed, mask = ops.quantize_forward(weight.detach(), scale)
+    return QuantizedWeight(packed, mask, is_stored)
+
+
+def store(stored, weight, scale):
+    """Returns the copy of the weight: `stored` with new contents, or a new one if that cannot be.
+
+    stored      the QuantizedWeight that was returned before, or None
+    """
+    new = quantize(weight, scale, is_stored=True)
+    if is_at_hand(stored, weight):
+        for old_part, new_part in zip(parts(stored), parts(new)):
+            old_part.copy_(new_part)
+        new = stored
+    new.packed.codes.source = source_of(weight)
+    return new
+
+
+def parts(quantized): return *quantized.packed, quantized.mask
+
+
+def is_at_hand(stored, weight):
+    """Says whether there is a copy, and on the weight's device."""
+    return stored is not None and stored.packed.codes.device == weight.device
+
+
+def operand(stored, weight, scale):
+    """Returns the QuantizedWeight for a product: the stored copy, or a new one if that is stale."""
+    if is_at_hand(stored, weight) and (torch.compiler.is_compiling() or is_fresh(stored, weight)):
+        return stored
+    return quantize(weight, scale)
+
+
+# ---- the op of a compiled graph
+
+def renew_then_gemm(x, scale, weight, w_codes, w_scales, w_mask):
+    stored = QuantizedWeight(Packed(w_codes, w_scales), w_mask, True)
+    if not is_fresh(stored, weight):
+        store(stored, weight, ops.word_of(scale, ops.SCALES))
+    return torch.ops.fp4.quantize_gemm(x, scale, w_codes, w_scales)
+
+
+# The schema does not say that the copy is written to. If it did, torch.compile would count each
+# call as a change of the copy, and a backward pass after two forward passes would be refused,
+# because what the first one saved has changed. It has not, unless the weight has; then store()
+# counts. Nothing else in a forward pass reads the copy, so nothing can be ordered before the
+# renewal that has to come after it.
+@ops.op("quantize_gemm_stored(Tensor x, int scale, Tensor weight, Tensor w_codes, Tensor w_scales,"
+        " Tensor w_mask) -> (Tensor y, Tensor codes, Tensor scales, Tensor mask)",
+        renew_then_gemm)
+def quantize_gemm_stored_shapes(x, scale, weight, w_codes, w_scales, w_mask):
+    return ops.quantize_gemm_shapes(x, scale, w_codes, w_scales)
+
+
+def quantize_gemm(x, scale, weight, stored):
+    """Does what ops.quantize_gemm does with the stored copy of a weight, which it renews first."""
+    y, codes, scales, mask = torch.ops.fp4.quantize_gemm_stored(
+        x, ops.number_of(scale, ops.SCALES), weight, *parts(stored))
+    return y, Packed(codes, scales), mask

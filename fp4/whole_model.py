@@ -1,0 +1,91 @@
+"""What is done with all linear layers of a model at once."""
+import torch
+import torch.nn as nn
+
+from . import stored_weight
+from .check import check
+from .linear import Linear
+
+
+def layers_with_kernels(model):
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.has_kernels:
+            yield name, module
+
+
+def quantize_weights(model):
+    """Quantises the weight of every layer of the model that runs on the kernels.
+
+    A training loop calls it before its first step and after every optimizer.step(): once a step,
+    not once a microbatch. Other changes of a weight are noticed, but for two that
+    stored_weight.py names: call it after these.
+    """
+    for _, layer in layers_with_kernels(model):
+        layer.quantize_weight()
+
+
+def check_weights(model):
+    """Raises ValueError, naming a layer, if a stored copy is not what its weight gives.
+
+    It quantises every weight and compares, so it is for finding a mistake, not for every step.
+    """
+    for name, layer in layers_with_kernels(model):
+        if layer.stored is None:
+            continue
+        expected = stored_weight.quantize(layer.weight, layer.recipe.forward_scale)
+        pairs = zip(stored_weight.parts(layer.stored), stored_weight.parts(expected))
+        is_same = all(torch.equal(part.to(other.device), other) for part, other in pairs)
+        check(is_same, f"{name or 'the layer'}: the stored quantised weight is not that of the "
+                       "weight; call fp4.quantize_weights(model) after changing weights")
+
+
+def replace_linears(model, recipe, keep=()):
+    """Replaces every nn.Linear inside a model by a Linear with the same weight and bias, in place.
+
+    The parameters stay the same objects, so that an optimizer, or another layer, that has them
+    still has them. Subclasses of nn.Linear stay, because not all are called: of some, such as the
+    one inside nn.MultiheadAttention, only the weight is read.
+
+    keep        names of layers, as model.named_modules() has them, that stay as they are; the name
+                of a module keeps all that is inside it
+    Returns the names of the layers that were replaced. Raises ValueError, before it replaces any,
+    if a layer does not fit the recipe, if keep names nothing, or if nothing is left to replace.
+    """
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for name in keep:
+        check(name in names, f"keep: the model has no module {name!r}")
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
+               if type(module) is nn.Linear and name and not is_kept(name, keep)}
+    check(linears, "the model has no nn.Linear inside that could be replaced")
+    for name, linear in linears.items():
+        check_fits(name, linear, recipe)
+
+    # A layer that a model has in two places becomes one layer in two places.
+    replacements = {linear: quantized_like(linear, recipe) for linear in linears.values()}
+    for name, linear in linears.items():
+        parent, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, replacements[linear])
+    return list(linears)
+
+
+def is_kept(name, keep):
+    return any(name == kept or name.startswith(f"{kept}.") for kept in keep)
+
+
+def check_fits(name, linear, recipe):
+    multiple = recipe.feature_multiple
+    sizes = (linear.in_features, linear.out_features)
+    check(all(size % multiple == 0 for size in sizes),
+          f"{name} has {sizes[0]} in- and {sizes[1]} out-features, which are not multiples of "
+          f"{multiple}; keep=[{name!r}] leaves it as it is")
+    check(not linear._forward_hooks and not linear._forward_pre_hooks,
+          f"{name} has hooks, which would be lost; keep=[{name!r}] leaves it as it is")
+
+
+def quantized_like(linear, recipe):
+    has_bias = linear.bias is not None
+    with torch.device("meta"):          # The parameters are those of linear: none is made here.
+        new = Linear(linear.in_features, linear.out_features, recipe, bias=has_bias)
+    new.weight = linear.weight
+    new.bias = linear.bias
+    return new
