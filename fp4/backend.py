@@ -7,17 +7,22 @@ E5M2. A block's scale is a power of two and fits into the exponent: 2**s * E2M1 
 for 15 consecutive s, and of E5M2 for 29. So an FP8 product has MXFP4's exact operands as long as
 blocks that share an FP8 scale are not further apart than that.
 
-    Hopper          gemm_sm90.cu, ours; 128 values of a row share a scale on the left, and 32 rows
-                    of them on the right (kernels/fp8_tiles.cuh)
-    Ada             torch._scaled_mm in FP8; all values of a row share a scale
-    Ampere          torch.mm in BF16
-    before Ampere   gemm_fp32.cu, ours
-    Blackwell       as Ada by default; its FP4 units can be reached in two ways, by gemm_sm100.cu or
-                    gemm_sm120.cu ("own") and by torch's NVFP4 product ("library"). Neither has run
-                    on the hardware. quartet.py's --gemm chooses
+    gemm        the product                                         runs on     usual on
+    "own"       gemm_sm90.cu; 128 values of a row share a scale     Hopper      Hopper
+                on the left, and 32 rows of them on the right
+                (kernels/fp8_tiles.cuh)
+                gemm_sm100.cu or gemm_sm120.cu, on FP4 units        Blackwell
+    "fp8"       torch._scaled_mm in FP8; all values of a row        from Ada    Ada, Blackwell
+                share a scale
+    "bf16"      torch.mm in BF16                                    from Ampere Ampere
+    "fp32"      gemm_fp32.cu, ours, without tensor cores            any GPU     before Ampere
+    "library"   torch's NVFP4 product, on FP4 units                 Blackwell
 
-Our products read the operands of a gradient in a layout of their own, the operand format, in which
-the quantisers write them. So nothing is rearranged in between.
+"auto" means the usual one. The others are there to be compared with it; and so that a GPU can run
+what an older one runs. Neither product on FP4 units has run on the hardware.
+
+Our products for Hopper and Blackwell read the operands of a gradient in a layout of their own, the
+operand format, in which the quantisers write them. So nothing is rearranged in between.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +33,9 @@ import torch.nn.functional as F
 from .check import check
 from .reference import pow2
 
-GEMMS = ("fp8", "own", "library")
+GEMMS = ("auto", "fp8", "bf16", "fp32", "own", "library")
+HOPPER = (9, 0)
+BLACKWELL_KERNELS = {10: "gemm_sm100", 12: "gemm_sm120"}    # by the major number
 UNTESTED = "which has not been run on this hardware by its authors"
 
 
@@ -48,39 +55,72 @@ class Backend:
         return self.operand_format if tensor.is_cuda else "packed"
 
 
-def select_backend(capability, gemm="fp8"):
+def select_backend(capability, gemm="auto"):
     """Returns the Backend for a GPU's compute capability, such as (9, 0); None is for no GPU.
 
-    gemm matters on Blackwell alone: "fp8", "own" or "library".
+    gemm chooses among the products of a GPU: the table above. The CPU has one product. Raises
+    ValueError when the GPU does not have the product.
     """
     check(gemm in GEMMS, f"gemm {gemm!r} is not one of {', '.join(GEMMS)}")
     if capability is None:
         return Backend("cpu.cpp (compiled, byte-equal to reference.py)")
-    if capability < (8, 0):
-        return gpu_backend(capability, f"FP4 products in FP32 (gemm_fp32.cu, {UNTESTED})",
-                           sources=("gemm_fp32.cu",), flags=("-DGEMM_FP32",))
-    if capability == (9, 0):
-        return gpu_backend(capability, "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)",
-                           "fp8", sources=("gemm_sm90.cu",), flags=("-DGEMM_SM90",))
+    if gemm == "auto":
+        gemm = usual_gemm(capability)
+    check_gemm_runs(capability, gemm)
 
-    blackwell_kernel = {10: "gemm_sm100", 12: "gemm_sm120"}.get(capability[0])
-    if blackwell_kernel and gemm == "own":
-        source = f"{blackwell_kernel}.cu"
-        return gpu_backend(capability, f"products on FP4 tensor cores ({source}, {UNTESTED})",
-                           "mxf4", sources=(source, "scale_tiles.cu"),
-                           flags=(f"-DGEMM_MXF4={blackwell_kernel}",))
-    if blackwell_kernel and gemm == "library":
+    if gemm == "fp8":
+        return gpu_backend(capability, "exact FP4 products on FP8 tensor cores (the library's)",
+                           gemm=gemm_on_fp8)
+    if gemm == "bf16":
+        return gpu_backend(capability, "exact FP4 products on BF16 tensor cores (the library's)",
+                           gemm=gemm_on_bf16)
+    if gemm == "library":
         return gpu_backend(capability, "products on FP4 tensor cores (the library's)",
                            gemm=gemm_on_nvfp4)
+    if gemm == "fp32":
+        untested = "" if capability == HOPPER else f", {UNTESTED}"
+        return gpu_backend(capability, f"exact FP4 products in FP32 (gemm_fp32.cu{untested})",
+                           sources=("gemm_fp32.cu",), flags=("-DGEMM_FP32",))
+    if capability == HOPPER:
+        return gpu_backend(capability, "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)",
+                           "fp8", sources=("gemm_sm90.cu",), flags=("-DGEMM_SM90",))
+    kernel = BLACKWELL_KERNELS[capability[0]]
+    return gpu_backend(capability, f"products on FP4 tensor cores ({kernel}.cu, {UNTESTED})",
+                       "mxf4", sources=(f"{kernel}.cu", "scale_tiles.cu"),
+                       flags=(f"-DGEMM_MXF4={kernel}",))
+
+
+def usual_gemm(capability):
+    """The product that a GPU runs unless another one is asked for."""
+    if capability == HOPPER:
+        return "own"
     if capability >= (8, 9):
-        return gpu_backend(capability, "exact FP4 products on FP8 tensor cores", gemm=gemm_on_fp8)
-    return gpu_backend(capability, "exact FP4 products on BF16 tensor cores", gemm=gemm_on_bf16)
+        return "fp8"
+    if capability >= (8, 0):
+        return "bf16"
+    return "fp32"
+
+
+def check_gemm_runs(capability, gemm):
+    """Raises ValueError unless a GPU of this compute capability has the product."""
+    is_blackwell = capability[0] in BLACKWELL_KERNELS
+    needed, runs = {
+        "fp8": ("8.9 (Ada) or more", capability >= (8, 9)),
+        "bf16": ("8.0 (Ampere) or more", capability >= (8, 0)),
+        "fp32": ("any", True),
+        "own": ("9.0 (Hopper), 10.x or 12.x (Blackwell)", capability == HOPPER or is_blackwell),
+        "library": ("10.x or 12.x (Blackwell)", is_blackwell),
+    }[gemm]
+    major, minor = capability
+    check(runs, f"gemm {gemm!r} needs a GPU of compute capability {needed}, and this one has "
+                f"{major}.{minor}: choose auto, which means {usual_gemm(capability)!r} here")
 
 
 def gpu_backend(capability, products, operand_format="packed", sources=(), flags=(), gemm=None):
     major, minor = capability
-    # The suffix a allows the instructions that only this architecture has, as Hopper's wgmma.
-    suffix = "a" if sources and capability >= (9, 0) else ""
+    # The suffix a allows the instructions that only this architecture has, as Hopper's wgmma: the
+    # products use them that have an operand format of their own.
+    suffix = "" if operand_format == "packed" else "a"
     description = f"quantize.cu and {products} on the GPU, cpu.cpp on the CPU"
     return Backend(description, operand_format, sources, flags, f"{major}{minor}{suffix}",
                    gemm=gemm)
@@ -90,17 +130,42 @@ def gpu_backend(capability, products, operand_format="packed", sources=(), flags
 
 def gemm_on_fp8(a, a_scales, b, b_scales, alpha, dtype):
     """alpha * a @ b.T on FP8 tensor cores: the scale of a row, which holds alpha, comes after."""
-    a, a_row_scales = torch.ops.fp4.packed_to_fp8(a, a_scales, alpha)
-    b, b_row_scales = torch.ops.fp4.packed_to_fp8(b, b_scales, 1.0)
-    return torch._scaled_mm(a, b.T, a_row_scales, b_row_scales.view(1, -1), out_dtype=dtype,
-                            use_fast_accum=False)
+    check_dtype(dtype)
+    columns = b.shape[0]
+    a, a_scales = torch.ops.fp4.packed_to_fp8(a, a_scales, alpha)
+    b, b_scales = torch.ops.fp4.packed_to_fp8(*with_rows_by_16(b, b_scales), 1.0)
+    b_scales = b_scales.view(1, -1)
+    if dtype == torch.bfloat16:
+        out = torch._scaled_mm(a, b.T, a_scales, b_scales, out_dtype=dtype, use_fast_accum=False)
+    else:
+        # On all GPUs but Hopper the library stores only BF16 when it scales the rows. So it does
+        # not scale them.
+        one = torch.ones((), device=a.device)
+        out = torch._scaled_mm(a, b.T, one, one, out_dtype=dtype, use_fast_accum=False)
+        out.mul_(a_scales).mul_(b_scales)
+    return out[:, :columns].contiguous()
 
 
 def gemm_on_bf16(a, a_scales, b, b_scales, alpha, dtype):
     """alpha * a @ b.T on BF16 tensor cores; BF16 holds MXFP4's values."""
+    check_dtype(dtype)
     a = torch.ops.fp4.dequantize(a, a_scales, torch.bfloat16)
     b = torch.ops.fp4.dequantize(b, b_scales, torch.bfloat16)
     return (alpha * torch.mm(a, b.T, out_dtype=torch.float32)).to(dtype)
+
+
+def check_dtype(dtype):
+    """Refuses what the compiled products refuse, with their kind of error."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise RuntimeError(f"dtype must be float32 or bfloat16, got {dtype}")
+
+
+def with_rows_by_16(codes, scales):
+    """Adds rows of zeros to a packed right operand: the library wants a multiple of 16."""
+    rows_to_add = -codes.shape[0] % 16
+    if not rows_to_add:
+        return codes, scales
+    return F.pad(codes, (0, 0, 0, rows_to_add)), F.pad(scales, (0, 0, 0, rows_to_add))
 
 
 def gemm_on_nvfp4(a, a_scales, b, b_scales, alpha, dtype):
@@ -109,11 +174,9 @@ def gemm_on_nvfp4(a, a_scales, b, b_scales, alpha, dtype):
     It is here to be compared with gemm_sm100.cu and gemm_sm120.cu. torch multiplies NVFP4, whose
     codes are MXFP4's, but with a scale in E4M3 for each 16 of them and one float32 for the tensor.
     """
+    check_dtype(dtype)
     columns = b.shape[0]
-    rows_to_add = -columns % 16                     # the library wants 16 columns
-    b = F.pad(b, (0, 0, 0, rows_to_add))
-    b_scales = F.pad(b_scales, (0, 0, 0, rows_to_add))
-
+    b, b_scales = with_rows_by_16(b, b_scales)
     a_scales, a_scale = nvfp4_scales(a, a_scales, alpha)
     b_scales, b_scale = nvfp4_scales(b, b_scales, 1.0)
     a = a.view(torch.float4_e2m1fn_x2)
@@ -124,7 +187,7 @@ def gemm_on_nvfp4(a, a_scales, b, b_scales, alpha, dtype):
                       [swizzle_scales(a_scales), a_scale], recipe,
                       [swizzle_scales(b_scales), b_scale], recipe,
                       swizzles, swizzles, output_dtype=dtype)
-    return out[:, :columns]
+    return out[:, :columns].contiguous()
 
 
 def nvfp4_scales(codes, scales, alpha):

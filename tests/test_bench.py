@@ -15,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 import fp4
 from fp4 import ops as fp4_ops
-from fp4.backend import Backend
+from fp4.backend import Backend, select_backend
 from model import PRESETS, Preset
-from tools import bench, bench_report, markdown, sanitize
+from tools import bench, bench_report, machine, markdown, sanitize
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+CPU = select_backend(None)
 RATIO = {"bf16": 1., "fp8": 0.8, "fp4": 0.6, "fp4-sr": 0.7}
 TIMES = {"ms", "forward_ms", "backward_ms", "called_ms", "tokens_per_s", "peak_gib"}
 
@@ -159,11 +160,11 @@ def measured(results, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: results["gpu"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(fp4, "build", lambda: Backend("kernels"))
-    monkeypatch.setattr(bench, "kernels", lambda: results["kernels"])
-    monkeypatch.setattr(bench, "each", lambda f, shapes, rows: results[f.__name__ + "s"])
-    monkeypatch.setattr(bench, "steps", lambda sizes: [results["steps"]])
-    monkeypatch.setattr(bench, "where", lambda M, N, K, rate, bandwidth: results["where"])
+    monkeypatch.setattr(fp4, "build", lambda gemm: select_backend((9, 0), gemm))
+    monkeypatch.setattr(bench, "kernels", lambda backend: results["kernels"])
+    monkeypatch.setattr(bench, "each", lambda f, shapes, rows, backend: results[f.__name__ + "s"])
+    monkeypatch.setattr(bench, "steps", lambda sizes, gemm: [results["steps"]])
+    monkeypatch.setattr(bench, "where", lambda M, N, K, rate, bandwidth, backend: results["where"])
     monkeypatch.setattr(bench, "README", str(tmp_path / "README.md"))
     monkeypatch.setattr(bench, "RESULTS", str(tmp_path / "bench.json"))
     readme = tmp_path / "README.md"
@@ -188,12 +189,68 @@ def test_a_full_run_rewrites_the_readme_and_keeps_every_number(measured, results
 
 
 @pytest.mark.parametrize("argv", [("--quick",), ("--only", "kernels"), ("--only", "linears"),
-                                  ("--only", "steps")])
+                                  ("--only", "steps"), ("--gemm", "bf16"), ("--gemm", "own")])
 def test_part_of_a_run_prints_and_rewrites_nothing(measured, argv, capsys):
     code, text, saved_path = measured(*argv)
     assert code == 0 and text == "a\n<!-- bench -->\n<!-- /bench -->\nb\n"
     assert not saved_path.exists()
     assert "NVIDIA H200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gemm, product", [
+    ("fp8", "FP8 tensor cores (the library's)"), ("bf16", "BF16 tensor cores (the library's)"),
+    ("fp32", "FP32 (gemm_fp32.cu)")])
+def test_another_product_than_the_gpu_s_own_is_printed_under_its_name(
+        measured, results, gemm, product, capsys, monkeypatch):
+    loaded = []
+
+    def each(measure, shapes, rows, backend):
+        loaded.append(backend)
+        return results[measure.__name__ + "s"]
+
+    def steps(sizes, gemm):
+        loaded.append(select_backend((9, 0), gemm))
+        return [results["steps"]]
+
+    monkeypatch.setattr(bench, "each", each)
+    monkeypatch.setattr(bench, "steps", steps)
+    assert measured("--gemm", gemm)[0] == 0
+    title, label, _, *rest = capsys.readouterr().out.splitlines()
+    assert title.startswith("`make bench` on one NVIDIA H200 (torch ") and title.endswith("),")
+    assert label.startswith(f"but with --gemm {gemm}: ") and product in label
+    # Everything but the profile, which knows the names of Hopper's kernels alone.
+    assert bench_report.step_table(results["steps"]) in "\n".join(rest)
+    assert "Where fp4's time goes" not in "\n".join(rest)
+    # Products, linears and steps were measured with it.
+    assert [backend.operand_format for backend in loaded] == 3 * ["packed"]
+    assert all(product in backend.description for backend in loaded)
+
+
+def test_each_process_that_times_a_step_loads_the_product_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(fp4, "build", lambda gemm: f"the backend of {gemm}")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
+    for name in ("all_compiled", "clock", "backend"):
+        monkeypatch.setattr(bench.Shared, name, None)
+    bench.start_process("barrier", "lock", 1, "bf16")
+    assert bench.Shared.backend == "the backend of bf16"
+    seen = []
+
+    def training_step(*arguments):
+        seen.append(arguments[-1])
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(bench, "training_step", training_step)
+    monkeypatch.setattr(bench.Shared, "all_compiled", types.SimpleNamespace(wait=lambda: None))
+    assert bench.measure_if_it_fits(bench.timed_step, "tiny", "fp4") == {}
+    assert seen == ["the backend of bf16"]
+
+
+def test_a_product_that_the_gpu_does_not_have_is_a_sentence_and_exit_code_2(measured, capsys):
+    code, text, saved_path = measured("--gemm", "library")
+    assert code == 2 and not saved_path.exists()
+    assert capsys.readouterr().err == (
+        "bench: gemm 'library' needs a GPU of compute capability 10.x or 12.x (Blackwell), and "
+        "this one has 9.0: choose auto, which means 'own' here\n")
 
 
 def test_without_markers_the_numbers_are_kept_and_a_sentence_says_what_is_missing(measured, capsys):
@@ -213,8 +270,15 @@ def test_without_a_gpu_a_sentence_and_exit_code_2(module):
     assert re.fullmatch(r"(bench|sanitize): torch sees no GPU here\n", done.stderr)
 
 
+def test_a_gpu_that_torch_cannot_use_is_told_why(measured, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "unusable_gpu", lambda: "there is an NVIDIA GPU, but ...")
+    assert measured()[0] == 2
+    assert capsys.readouterr().err == "bench: there is an NVIDIA GPU, but ...\n"
+
+
 def test_without_kernels_there_is_nothing_to_measure(measured, monkeypatch, capsys):
-    monkeypatch.setattr(fp4, "build", lambda: Backend("reference.py", is_compiled=False))
+    monkeypatch.setattr(fp4, "build", lambda gemm: Backend("reference.py", is_compiled=False))
     code, text, saved_path = measured()
     assert code == 2 and not saved_path.exists()
     assert capsys.readouterr().err == "bench: the kernels did not build\n"
@@ -266,7 +330,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("row", bench.ROWS)
 def test_a_linear_is_timed_both_ways_on_more_inputs_than_the_cache_holds(row, calls):
     with OnTheCPU():
-        times = bench.linear(64, 64, 32, row)
+        times = bench.linear(64, 64, 32, row, CPU)
     assert times == dict(forward_ms=1., backward_ms=10., ms=11., called_ms=11)
     # Three times the cache are x and dy of three pairs.
     assert len(set(calls) - {"backward"}) == 3
@@ -275,7 +339,7 @@ def test_a_linear_is_timed_both_ways_on_more_inputs_than_the_cache_holds(row, ca
 def test_a_product_is_timed(calls):
     for row in ("bf16", "fp4"):
         with OnTheCPU():
-            assert bench.product(64, 64, 32, row) == dict(ms=0)
+            assert bench.product(64, 64, 32, row, CPU) == dict(ms=0)
 
 
 @pytest.mark.parametrize("row", bench.ROWS)
@@ -297,7 +361,7 @@ def test_a_step_trains_and_quantises_the_weights_once(row, calls, monkeypatch):
     monkeypatch.setattr(torch, "compile", recorded_compile)
     monkeypatch.setattr(fp4.Linear, "quantize_weight", recorded_quantize)
     with OnTheCPU():
-        step = bench.training_step("tiny", row, 2, 32)
+        step = bench.training_step("tiny", row, 2, 32, CPU)
         weight = models[0].blocks[0].mlp.proj.weight
         before = weight.clone()
         start = len(quantised)
@@ -332,8 +396,11 @@ def compile(tmp_path):
     def run(*files, fails="nothing", nvcc=True):
         for folder in ("fp4/kernels", "tools", "bin"):
             (tmp_path / folder).mkdir(parents=True)
-        shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
-        shutil.copy(os.path.join(ROOT, "tools", "compile.py"), tmp_path / "tools")
+        for name in ("Makefile", "tools/compile.py", "fp4/__init__.py", "fp4/build.py",
+                     "fp4/check.py", "fp4/recipes.py", "fp4/toolchain.py"):
+            shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+        toolchain = tmp_path / "fp4" / "toolchain.py"
+        toolchain.write_text(toolchain.read_text().replace("/usr/local/cuda", "/nonexistent"))
         for file in files:
             (tmp_path / "fp4" / "kernels" / file).touch()
         if nvcc:
@@ -355,12 +422,13 @@ def compile(tmp_path):
 
 def test_a_cu_named_after_a_machine_is_compiled_for_it_and_every_other_for_all(compile):
     done, jobs, log = compile("quantize.cu", "gemm_sm90.cu", "gemm_sm100.cu", "gemm_sm120.cu")
-    targets = {"quantize.cu": ["75", "80", "89", "90a", "100a", "120a"], "gemm_sm90.cu": ["90a"],
+    targets = {"quantize.cu": ["75", "80", "89", "90", "90a", "100", "100a", "120", "120a"],
+               "gemm_sm90.cu": ["90a"],
                "gemm_sm100.cu": ["100a", "103a"], "gemm_sm120.cu": ["120a", "121a"]}
     assert done.returncode == 0, done.stderr
     assert jobs == {(file, gpu, gpu) for file, gpus in targets.items() for gpu in gpus}
     assert all("-Werror all-warnings" in line for line in log.splitlines())
-    assert done.stdout.count(" s\n") == 11
+    assert done.stdout.count(" s\n") == 14
 
 
 def test_one_failed_compilation_fails_make_compile(compile):
@@ -369,7 +437,7 @@ def test_one_failed_compilation_fails_make_compile(compile):
 
 def test_without_nvcc_make_compile_says_so(compile):
     done = compile("quantize.cu", nvcc=False)[0]
-    assert done.returncode == 2 and "compile: there is no nvcc on the PATH" in done.stderr
+    assert done.returncode == 2 and "compile: there is no nvcc: install" in done.stderr
 
 
 def test_the_sanitizer_sees_every_op():
@@ -395,7 +463,7 @@ def test_the_sanitizer_s_calls_are_calls_that_the_ops_take(M, K):
     for name, args in sanitize.calls(M, K, torch.bfloat16, "packed"):
         needs_gpu = name == "packed_to_fp8"
         if name in ("quantize_backward", "requantize_transposed"):
-            needs_gpu = args[-1] != "packed"
+            needs_gpu = args[-1] != fp4_ops.OPERAND_FORMATS.index("packed")
         if not needs_gpu:
             getattr(torch.ops.fp4, name)(*args)
 
@@ -404,7 +472,8 @@ def test_every_kernel_that_is_built_is_where_the_sanitizer_looks_in_an_unnamed_n
     from fp4 import backend, build
     sources = set(build.__globals__["CUDA_SOURCES"])
     for capability in ((7, 5), (9, 0), (10, 0), (12, 0)):
-        sources |= set(backend.select_backend(capability, "own").sources)
+        gemm = "auto" if capability == (7, 5) else "own"
+        sources |= set(backend.select_backend(capability, gemm).sources)
     for name in sources:
         with open(os.path.join(ROOT, "fp4", "kernels", name)) as file:
             text = file.read()

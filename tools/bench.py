@@ -5,6 +5,7 @@ the same run.
     make bench                              # everything; rewrites the tables of fp4/README.md
     python -m tools.bench --only linears    # kernels | linears | steps; prints only
     python -m tools.bench --quick           # fewer shapes; prints only
+    python -m tools.bench --gemm bf16       # with another product than this GPU's; prints only
 
 Every time is a median, and inputs rotate, so that they come from memory and not from the cache.
 Activations and gradients are quantised inside what is timed. The weight of a linear in fp4 is not:
@@ -14,7 +15,6 @@ A narrow layer called from Python waits for the host, in BF16 as in FP4. In a co
 host is ahead, and the layer waits for the GPU. So a linear is timed in both ways: "GPU" replays it
 from a CUDA graph, and "called" calls the compiled layer.
 """
-import argparse
 import concurrent.futures
 import contextlib
 import datetime
@@ -29,12 +29,31 @@ import statistics
 import sys
 import time
 
+from tools import cli
+
+
+def parse(argv):
+    parser = cli.Parser("python -m tools.bench", __doc__)
+    parser.add_argument("--only", choices=("kernels", "linears", "steps"),
+                        help="measure this part and print it")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, printed")
+    parser.add_argument("--gemm", default="auto",
+                        help="which product FP4 runs on (fp4/backend.py); printed unless auto")
+    return parser.parse_args(argv)
+
+
+# The imports below take seconds, so that --help and mistyped flags are answered here.
+if __name__ == "__main__":
+    cli.start(parse, "bench", "tools.bench")
+
 import torch
 
 import fp4
 from data.files import atomic_write_text
 from fp4 import ops
+from fp4.check import check
 from model import PRESETS, Llama
+from tools import machine
 from tools.bench_report import ROWS, SHAPES, STEPS, VOCABULARY, WIDTHS, report, shape, show
 from tools.markdown import replaced
 
@@ -127,10 +146,10 @@ def random_bf16(rows, columns):
 
 # ---- kernels and products
 
-def kernels(M=16384, K=4096):
+def kernels(backend, M=16384, K=4096):
     """The bytes that each kernel reads and writes a second, and their share of a copy's."""
     measured = []
-    for name, bytes_per_value, f in kernel_calls(M, K):
+    for name, bytes_per_value, f in kernel_calls(M, K, backend.operand_format):
         ms = gpu_milliseconds(f)
         rate = bytes_per_value * M * K / ms / 1e9
         copy_rate = measured[0]["terabytes_per_s"] if measured else rate
@@ -139,7 +158,7 @@ def kernels(M=16384, K=4096):
     return measured
 
 
-def kernel_calls(M, K):
+def kernel_calls(M, K, operand_format):
     """(name, bytes that a value costs, call) of each kernel; the copy comes first."""
     inputs = [random_bf16(M, K) for _ in range(4)]
     x = Rotating(inputs)
@@ -147,7 +166,6 @@ def kernel_calls(M, K):
     weight = torch.randn(M, K, device="cuda")
     to = torch.empty_like(inputs[0])
     mask = ops.quantize_forward(inputs[0], "floor")[1]
-    operand_format = fp4.build().operand_format
 
     bf16 = 2
     mask_bit = 1 / 8
@@ -184,9 +202,9 @@ def backward_calls(x, packed, operand_format, dy_bytes, packed_x_bytes):
     yield "the same, stochastic rounding", packed_x_bytes, lambda: requantize(True)
 
 
-def product(M, N, K, row):
+def product(M, N, K, row, backend):
     """y = x w.T alone, of operands that are quantised already. Those of fp4 are packed, and making
-    FP8 of them counts here."""
+    FP8 or BF16 of them counts here. The ops know the backend already."""
     one = torch.ones((), device="cuda")
 
     def quantize(v):
@@ -212,9 +230,9 @@ def product(M, N, K, row):
 
 # ---- linears
 
-def layer_and_inputs(M, N, K, row):
+def layer_and_inputs(M, N, K, row, backend):
     """A compiled layer, its forward and backward pass in one function, and pairs (x, dy)."""
-    layer = fp4.Linear(K, N, fp4.recipe(row)).cuda()
+    layer = fp4.Linear(K, N, fp4.recipe(row), backend=backend).cuda()
     fp4.quantize_weights(layer)         # as in training, before the first microbatch
     run = torch.compile(layer, fullgraph=True, dynamic=False)
     n_pairs = inputs_beyond_cache(2 * M * (K + N))
@@ -228,8 +246,8 @@ def layer_and_inputs(M, N, K, row):
     return run, forward_and_backward, pairs
 
 
-def linear(M, N, K, row):
-    run, forward_and_backward, pairs = layer_and_inputs(M, N, K, row)
+def linear(M, N, K, row, backend):
+    run, forward_and_backward, pairs = layer_and_inputs(M, N, K, row, backend)
 
     def forward_of_all():
         for x, _ in pairs:
@@ -246,11 +264,11 @@ def linear(M, N, K, row):
     return dict(forward_ms=forward, backward_ms=both - forward, ms=both, called_ms=called)
 
 
-def each(measure, shapes, rows):
+def each(measure, shapes, rows, backend):
     """measure for every shape and row; what does not fit into memory has no times."""
     entries = []
     for (M, N, K), row in itertools.product(shapes, rows):
-        times = measure_if_it_fits(measure, M, N, K, row)
+        times = measure_if_it_fits(measure, M, N, K, row, backend)
         entries.append({"tokens": M, "out": N, "in": K, "row": row, **times})
         log(f"{measure.__name__} {M}, {N}, {K} {row}, ms: {show(times.get('ms'), '.3f')}")
     return entries
@@ -272,17 +290,17 @@ PARTS = {
 }
 
 
-def where(M, N, K, flop_per_s, bytes_per_s):
+def where(M, N, K, flop_per_s, bytes_per_s, backend):
     """The parts of fp4's linear, in ms, by the GPU's own counters; and at least what their
     operations at this rate, or their bytes at this bandwidth, would take."""
-    _, forward_and_backward, pairs = layer_and_inputs(M, N, K, "fp4")
+    _, forward_and_backward, pairs = layer_and_inputs(M, N, K, "fp4", backend)
     ms = {name: 0.0 for name, _, _ in PARTS.values()} | {"everything else": 0.0}
     for kernel_name, kernel_ms in kernel_times(forward_and_backward, pairs).items():
         ms[part_of(kernel_name)] += kernel_ms
     least = {}
     for name, n_products, n_bytes in PARTS.values():
-        multiply = 2 * n_products * M * N * K / flop_per_s
-        least[name] = 1000 * max(multiply, n_bytes(M, N, K) / bytes_per_s)
+        least[name] = 1000 * max(2 * n_products * M * N * K / flop_per_s,
+                                 n_bytes(M, N, K) / bytes_per_s)
     return [dict(name=name, ms=ms[name], least_ms=least.get(name)) for name in ms]
 
 
@@ -314,23 +332,24 @@ class Shared:
     """What the processes of side_by_side share; each process gets it when it starts."""
     all_compiled = None                 # a barrier
     clock = None                        # a lock, held by the process that is timed
+    backend = None                      # what build() returned
 
 
-def start_process(all_compiled, clock, cores):
+def start_process(all_compiled, clock, cores, gemm):
     Shared.all_compiled = all_compiled
     Shared.clock = clock
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(cores)
     with contextlib.redirect_stderr(io.StringIO()):
-        fp4.build()                     # The first process has said what runs.
+        Shared.backend = fp4.build(gemm)        # The first process has said what runs.
 
 
-def training_step(size, row, batch, seq):
+def training_step(size, row, batch, seq, backend):
     """Forward, backward, clip, AdamW and quantisation of the weights as one function, as in
     quartet.py."""
     preset = PRESETS[size]
     with torch.device("cuda"):
         config = preset.model_config(VOCABULARY, seq)
-        model = Llama(config, fp4.recipe(row), torch.bfloat16)
+        model = Llama(config, fp4.recipe(row), torch.bfloat16, backend=backend)
         batches = Rotating(torch.randint(VOCABULARY, (4, 2, batch, seq)).unbind())
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.lr, betas=(0.9, 0.95),
                                   weight_decay=0.1, fused=True)
@@ -351,7 +370,7 @@ def training_step(size, row, batch, seq):
 def timed_step(size, row):
     batch, seq = STEPS[size]
     try:
-        step = training_step(size, row, batch, seq)
+        step = training_step(size, row, batch, seq, Shared.backend)
         for _ in range(3):
             step()
         torch.cuda.synchronize()
@@ -364,25 +383,25 @@ def timed_step(size, row):
         return dict(ms=1000 * seconds, tokens_per_s=batch * seq / seconds, peak_gib=peak / 2 ** 30)
 
 
-def side_by_side(jobs):
+def side_by_side(jobs, gemm):
     """timed_step for each (size, row) of jobs; what does not fit into memory has no times."""
     context = multiprocessing.get_context("spawn")
     n = len(jobs)
-    shared = context.Barrier(n), context.Lock(), max(1, os.cpu_count() // n)
+    shared = context.Barrier(n), context.Lock(), max(1, os.cpu_count() // n), gemm
     with concurrent.futures.ProcessPoolExecutor(n, context, start_process, shared) as pool:
         futures = [pool.submit(measure_if_it_fits, timed_step, *job) for job in jobs]
         return [future.result() for future in futures]
 
 
-def steps(sizes):
+def steps(sizes, gemm):
     """Yields everything that has been measured so far, after each group of steps."""
     entries = []
     for together, rows in SIDE_BY_SIDE:
         jobs = [(size, row) for size in together if size in sizes for row in rows]
-        all_times = side_by_side(jobs) if jobs else []
+        all_times = side_by_side(jobs, gemm) if jobs else []
         for (size, row), times in zip(jobs, all_times):
             if not times:               # It did not fit beside the others, but may fit alone.
-                times = side_by_side([(size, row)])[0]
+                times = side_by_side([(size, row)], gemm)[0]
             entries.append(dict(size=size, row=row, **times))
             log(f"step {size} {row}, ms: {show(times.get('ms'), '.1f')}")
         yield entries
@@ -390,7 +409,7 @@ def steps(sizes):
 
 # ---- main
 
-def measure_parts(args, is_full_run, results):
+def measure_parts(args, backend, is_full_run, results):
     """Yields (name, measurements) of each part that the flags ask for."""
     shapes = SHAPES
     widths = WIDTHS
@@ -399,49 +418,43 @@ def measure_parts(args, is_full_run, results):
         widths = []
     if args.only in (None, "kernels"):
         has_fp8 = torch.cuda.get_device_capability() >= (8, 9)
-        yield "kernels", kernels()
-        yield "products", each(product, shapes, ["bf16", "fp8", "fp4"] if has_fp8 else
-                               ["bf16", "fp4"])
+        yield "kernels", kernels(backend)
+        rows = ["bf16", "fp8", "fp4"] if has_fp8 else ["bf16", "fp4"]
+        yield "products", each(product, shapes, rows, backend)
     if args.only in (None, "linears"):
-        yield "linears", each(linear, list(dict.fromkeys(shapes + widths)), ROWS)
+        yield "linears", each(linear, list(dict.fromkeys(shapes + widths)), ROWS, backend)
     if is_full_run:                     # After what is timed: profiling slows the host for good.
         rates = [2 * math.prod(shape(entry)) / entry["ms"] * 1000
                  for entry in results["products"] if "ms" in entry]
         copy_bandwidth = results["kernels"][0]["terabytes_per_s"] * 1e12
-        yield "where", where(*SHAPES[0], max(rates), copy_bandwidth)
+        yield "where", where(*SHAPES[0], max(rates), copy_bandwidth, backend)
     if args.only in (None, "steps"):
-        for entries in steps(["tiny", "30M"] if args.quick else STEPS):
+        for entries in steps(["tiny", "30M"] if args.quick else STEPS, args.gemm):
             yield "steps", entries
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("kernels", "linears", "steps"),
-                        help="measure this part and print it")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, printed")
-    return parser.parse_args(argv)
-
-
-def reason_not_to_run():
-    if not torch.cuda.is_available():
-        return "torch sees no GPU here"
-    if not fp4.build().is_compiled:
-        return "the kernels did not build"
-    return None
+def load_kernels(gemm):
+    """What computes FP4 on this GPU. Raises ValueError where nothing can be measured."""
+    check(torch.cuda.is_available(), machine.unusable_gpu() or "torch sees no GPU here")
+    backend = fp4.build(gemm)
+    check(backend.is_compiled, "the kernels did not build")
+    return backend
 
 
 def main(argv):
     args = parse(argv)
-    reason = reason_not_to_run()
-    if reason:
+    try:
+        backend = load_kernels(args.gemm)
+    except ValueError as reason:        # or the GPU does not have this product
         log("bench:", reason)
         return 2
     results = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
                    date=str(datetime.date.today()))
-    is_full_run = not (args.only or args.quick)
+    if args.gemm != "auto":
+        results["other_product"] = f"{args.gemm}: {backend.description}"
+    is_full_run = not (args.only or args.quick or args.gemm != "auto")
     start = time.perf_counter()
-    for name, value in measure_parts(args, is_full_run, results):
+    for name, value in measure_parts(args, backend, is_full_run, results):
         results[name] = value
         log(f"{name}: {time.perf_counter() - start:.0f} s")
         if is_full_run:                 # What is measured is not lost.

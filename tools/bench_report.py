@@ -156,7 +156,10 @@ def break_even(linears, row):
 
 def report(results):
     """What `make bench` writes between its markers, of all or some of the results."""
-    parts = [f"`make bench` on one {results['gpu']} (torch {results['torch']}, {results['date']})"]
+    title = f"`make bench` on one {results['gpu']} (torch {results['torch']}, {results['date']})"
+    if "other_product" in results:
+        title += f",\nbut with --gemm {results['other_product']}"
+    parts = [title]
     parts += report_linears(results.get("linears", []), results.get("where"))
     if "steps" in results:
         parts += [
