@@ -4,11 +4,13 @@ ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 endif
+# For what needs no package. It is .venv's, if that is there, because nvcc may be installed in it.
+BARE_PYTHON := $(or $(wildcard $(PYTHON)),python3)
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-kernels: $(INSTALLED) ## install, and compile the kernels for this machine
+kernels: nvcc ## install, and compile the kernels for this machine
 	@start=$$(date +%s); $(PYTHON) -c "import fp4; fp4.build()" && \
 	echo "make kernels: $$(($$(date +%s) - start)) s; next: python quartet.py --precision fp4"
 
@@ -36,7 +38,7 @@ style: ## the reading budget: columns, statements a line, names, tokens a line o
 	@python3 tools/style.py
 
 compile: ## compile every kernel for every GPU it is meant for; needs nvcc, no GPU and no torch
-	@python3 tools/compile.py
+	@$(BARE_PYTHON) -m tools.compile
 
 sanitize: kernels ## on a GPU: every kernel under compute-sanitizer
 	$(PYTHON) -m tools.sanitize
@@ -45,13 +47,23 @@ blackwell-report: kernels ## on a Blackwell GPU: test and time its FP4 units
 	$(PYTHON) -m tools.blackwell_report
 
 clean: ## remove what was built and prepared; keeps out/
-	rm -rf fp4/build data/*/ .pytest_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf fp4/build .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -not -path './out/*' -prune -exec rm -rf {} +
+	python3 -B -m data.clean
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
+
+# A GPU without a CUDA toolkit gets NVIDIA's compiler from its packages for pip (toolchain.py).
+# Where they cannot be had, fp4.build() says why the kernels do not build.
+nvcc: $(INSTALLED)
+ifdef INSTALLED
+	@wheels=$$($(PYTHON) -c "from fp4.toolchain import missing_wheels; print(*missing_wheels())"); \
+	[ -z "$$wheels" ] || { echo "make kernels: installing $$wheels (100 MB)"; \
+	$(PYTHON) -m pip install -q $$wheels || true; }
+endif
 
 matplotlib: $(INSTALLED)
 	@$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
@@ -65,4 +77,4 @@ test-packages: matplotlib
 	echo "test: no nvdisasm, so that no machine code is checked"; fi
 
 .PHONY: help kernels train ablation law bench test test-all style compile sanitize \
-        blackwell-report clean matplotlib test-packages
+        blackwell-report clean nvcc matplotlib test-packages

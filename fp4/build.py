@@ -1,29 +1,43 @@
 """
-Compiles the kernels for the machine at hand, once, into fp4/build/. Without a compiler the
-definition runs.
+Compiles the kernels for the machine at hand, once, and loads them: torch.utils.cpp_extension.load.
+Without a compiler the definition runs.
+
+A library lies in a folder of fp4/build/, or of a cache of the user's if that cannot be written. The
+folder's name has a digest of all that the library depends on, and beside it lies a checksum of its
+bytes, because a library that is made for another processor, or is cut off, kills the process that
+loads it. Where a whole one lies, nothing else is needed to load it, neither ninja nor a compiler.
 
 torch is imported inside the functions, so that `import fp4` stays cheap.
 """
 import contextlib
 import fcntl
+import hashlib
 import os
+import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
+from . import toolchain
 from .check import check
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = os.path.join(HERE, "kernels")
 CPU_SOURCES = ("bind.cpp", "cpu.cpp")
 CUDA_SOURCES = ("quantize.cu", "elementwise.cu", "fp8_tiles.cu")
+SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
+CHECKSUM = ".sha256"                    # what is added to the path of a library for its checksum
 
 loaded = {}             # the gemm and the Backend of this process: the kernels load only once
 
 
-def build(gemm="fp8"):
+def build(gemm="auto"):
     """Loads the kernels, compiled if they are not yet, and returns the Backend that runs.
 
     The first call prints one line that says which implementation runs; later calls return the same.
-    gemm chooses the product on Blackwell (backend.py). Raises ValueError when the kernels are
+    gemm chooses the product of a GPU (backend.py). Raises ValueError when the kernels are
     loaded with another gemm already, because ops cannot be registered twice.
     """
     if not loaded:
@@ -39,10 +53,13 @@ def load_or_fall_back(gemm):
 
     try:
         return load_kernels(gemm)
-    except (OSError, RuntimeError, ImportError) as error:   # no compiler, no ninja, no disk, ...
-        reason = str(error).splitlines()[0]
-        return Backend("reference.py, which is slow, because the kernels did not build: " + reason,
-                       is_compiled=False)
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        # There is no compiler, or it fails, or the disk is full, ...
+        # torch says only that a library does not load, and gives the loader's reason as the cause.
+        reason = error.__cause__ or error
+        lines = str(reason).splitlines() or [type(reason).__name__]
+        return Backend("reference.py, which is slow, because the kernels did not build: "
+                       + lines[0], is_compiled=False)
 
 
 def load_kernels(gemm):
@@ -64,28 +81,119 @@ def load_kernels(gemm):
 
 
 def compile_and_load(sources, flags, target=""):
-    """Compiles files of kernels/ into one library and loads it, which registers its ops."""
-    from torch.utils import cpp_extension       # here, because it looks for CUDA and warns
+    """Loads the library of these files of kernels/, which registers its ops."""
+    import torch
 
-    folder = os.path.join(HERE, "build")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "flock"), "w") as lock:
-        # One process builds and the others wait. torch has a lock of its own, a file: what a
-        # killed process left of it must not block torch.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, "lock"))
-        # ninja lies beside this Python when it was installed with pip.
-        bin_folder = os.path.dirname(sys.executable)
-        os.environ["PATH"] = bin_folder + os.pathsep + os.environ["PATH"]
+    torch.ops.load_library(find_or_compile(sources, flags, target))
+
+
+def find_or_compile(sources, flags, target=""):
+    """Returns the path of the library of these files of kernels/, compiled if it is not yet."""
+    name = library_name(sources, flags, target)
+    for place in places():
+        library = os.path.join(place, name, name + ".so")
+        if is_whole(library):
+            return library
+    with locked_place() as place:
+        library = os.path.join(place, name, name + ".so")
+        if not is_whole(library):       # Another process may have compiled it meanwhile.
+            compile_library(os.path.dirname(library), sources, flags, target)
+            Path(library + CHECKSUM).write_bytes(checksum(library))
+    return library
+
+
+def compile_library(folder, sources, flags, target):
+    """Compiles files of kernels/ to FOLDER/FOLDER.so. torch's load() loads it, too."""
+    # A damaged library, or what a killed build left: objects cut off, and a file that locks torch.
+    if os.path.isdir(folder):
+        shutil.rmtree(folder)
+    os.makedirs(folder)
+    environment = toolchain.environment(folder, target)
+    machine = f"this processor and its GPU (sm_{target})" if target else "this processor"
+    duration = "half a minute" if target else "10 seconds"
+    print(f"fp4 compiles its kernels for {machine}, which takes about {duration}", file=sys.stderr)
+    with toolchain.cpp_extension(environment) as cpp_extension:
         cpp_extension.load(
-            "fp4_kernels",
+            os.path.basename(folder),
             [os.path.join(KERNELS, source) for source in sources],
             build_directory=folder,
             is_python_module=False,
             extra_include_paths=[KERNELS],
-            # A fused multiply-add would round differently from the definition.
-            extra_cflags=["-O3", "-march=native", "-ffp-contract=off", *flags],
-            extra_cuda_cflags=["-O3", "-fmad=false",
-                               f"-gencode=arch=compute_{target},code=sm_{target}"],
+            extra_cflags=[*toolchain.CXX_FLAGS, *flags],
+            extra_cuda_cflags=[*toolchain.NVCC_FLAGS, toolchain.gencode(target)],
+            extra_ldflags=[*toolchain.LINK_FLAGS],
         )
+
+
+# ---- which library
+
+def library_name(sources, flags, target):
+    """A name with a digest of what the library is made of and of what it is made for.
+
+    So it is made anew after a change of the sources, and for another torch. And for another
+    processor, because -march=native uses instructions that a neighbour may not have.
+    """
+    import torch
+
+    made_for = (sources, flags, toolchain.CXX_FLAGS, toolchain.NVCC_FLAGS, toolchain.LINK_FLAGS,
+                target, torch.__version__, sysconfig.get_config_var("SOABI"), platform.libc_ver(),
+                processor_features())
+    digest = hashlib.sha256(repr(made_for).encode())
+    for path in sorted(Path(KERNELS).rglob("*")):
+        if path.suffix in SOURCE_SUFFIXES and path.is_file():
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return f"kernels-{target or 'cpu'}-{digest.hexdigest()[:16]}"
+
+
+def processor_features():
+    """What tells this processor's instructions from another's."""
+    names = ("flags", "Features", "features", "isa")    # x86, ARM, IBM Z, RISC-V
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return sorted({line for line in file if line.startswith(names)})
+    return platform.machine(), platform.processor()
+
+
+def is_whole(library):
+    """Is the library there, with the bytes that the compiler wrote?"""
+    try:
+        return Path(library + CHECKSUM).read_bytes() == checksum(library)
+    except OSError:
+        return False
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().encode()
+
+
+# ---- where it lies
+
+def places():
+    """The folders that a library may lie in; a later one is for where the earlier are read-only."""
+    folders = [os.path.join(HERE, "build")]
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        folders.append(os.path.abspath(os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], "fp4")))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):            # It is not where nobody knows the home of this user.
+        folders.append(os.path.join(cache, "quartet"))
+    return folders
+
+
+@contextlib.contextmanager
+def locked_place():
+    """Gives the first place that can be written. One process has it; the others wait here."""
+    problems = []
+    for place in places():
+        try:
+            os.makedirs(place, exist_ok=True)
+            lock = open(os.path.join(place, "flock"), "w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            problems.append(f"{place}: {error.strerror}")
+            continue
+        with lock:                      # which is given back when it is closed
+            yield place
+        return
+    raise OSError(f"there is no folder to write to ({'; '.join(problems)}); set "
+                  "TORCH_EXTENSIONS_DIR to one")

@@ -2,40 +2,44 @@
 Compile every kernel for every GPU that it is meant for: `make compile`. Needs nvcc, but no GPU
 and no torch. Nothing is kept: this shows that the sources compile without a warning.
 """
+import argparse
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from shutil import which
+
+from fp4.toolchain import NVCC_FLAGS, find_nvcc, gencode
 
 ROOT = Path(__file__).resolve().parent.parent
 # A kernel whose name ends in an architecture is for that one; any other is for all of these.
-EVERY_GPU = ("75", "80", "89", "90a", "100a", "120a")
+EVERY_GPU = ("75", "80", "89", "90", "90a", "100", "100a", "120", "120a")
 BY_ARCHITECTURE = {"sm90": ("90a",), "sm100": ("100a", "103a"), "sm120": ("120a", "121a")}
 
 
-def main():
-    if not which("nvcc"):
-        print("compile: there is no nvcc on the PATH; it comes with the CUDA toolkit",
-              file=sys.stderr)
+def main(argv):
+    argparse.ArgumentParser("compile", description=__doc__).parse_args(argv)    # only --help
+    try:
+        nvcc = find_nvcc()
+    except RuntimeError as error:
+        print("compile:", error, file=sys.stderr)
         return 2
     jobs = []
     for path in sorted(ROOT.glob("fp4/kernels/*.cu")):
         architecture = path.stem.split("_")[-1]
-        jobs += [(path, gpu) for gpu in BY_ARCHITECTURE.get(architecture, EVERY_GPU)]
+        jobs += [(nvcc, path, gpu) for gpu in BY_ARCHITECTURE.get(architecture, EVERY_GPU)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_kernel, jobs))
     return 0 if all(results) else 1
 
 
 def compile_kernel(job):
-    path, gpu = job
+    nvcc, path, gpu = job
     name = path.relative_to(ROOT)
     start = time.perf_counter()
-    command = ["nvcc", "-O3", "-std=c++17", "-fmad=false", "-Werror", "all-warnings",
-               f"-gencode=arch=compute_{gpu},code=sm_{gpu}", "-c", str(name), "-o", os.devnull]
+    command = [nvcc, *NVCC_FLAGS, "-Werror", "all-warnings", gencode(gpu), "-c", str(name),
+               "-o", os.devnull]
     succeeded = subprocess.run(command, cwd=ROOT).returncode == 0
     outcome = f"{time.perf_counter() - start:.0f} s" if succeeded else "failed"
     print(f"{name} for sm_{gpu}: {outcome}", flush=True)
@@ -43,4 +47,4 @@ def compile_kernel(job):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
