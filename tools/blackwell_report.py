@@ -20,6 +20,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))           # python tools/blackwell_report.py has to find fp4, too
 
+from data.files import check
+from tools import cli
+
 # M, N, K
 SHAPES = [
     (16384, 4096, 4096),
@@ -227,8 +230,15 @@ def write_report(kernel):
     return passed
 
 
-def main():
-    if "--predict" in sys.argv:
+def parse(argv):
+    parser = cli.Parser("python -m tools.blackwell_report", __doc__)
+    parser.add_argument("--predict", action="store_true",
+                        help="print what the datasheets promise, and measure nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    if parse(argv).predict:
         print("\n".join(prediction_table()))
         return 0
     import torch
@@ -239,12 +249,10 @@ def main():
         name = torch.cuda.get_device_name()
         major = torch.cuda.get_device_capability()[0]
     kernel = {10: "gemm_sm100", 12: "gemm_sm120"}.get(major)
-    if kernel is None:
-        print("blackwell-report: this needs a Blackwell GPU (compute capability 10 or 12); "
-              f"torch sees {name}", file=sys.stderr)
-        return 2
+    check(kernel, "this needs a Blackwell GPU (compute capability 10 or 12); "
+                  f"torch sees {name}")
     return 0 if write_report(kernel) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main, sys.argv[1:], "blackwell-report", go_on=""))

@@ -14,14 +14,15 @@ batch, the forward pass is unquantised and the backward pass is quantised. The g
 arrives at each depth is compared with the exact one, g, by its cosine and its alignment
 <q, g> / <g, g>.
 """
-import argparse
 import dataclasses
 import sys
 
-from data.files import UserError
+from data.files import check
 from fp4.recipes import AXES, SCALE_RULES, GemmSpec, validate
+from tools import cli
 
 ROUNDINGS = ("nearest", "stochastic", "eden")
+SEQUENCES = 16                          # in the batch of the second table
 
 # Changes to the row fp4-bwd, for the second table. Three values are for forward, dgrad and wgrad.
 BACKWARD = {
@@ -123,22 +124,21 @@ def agreement_by_depth(exact, model, x, y):
 def dot(a, b): return (a * b).sum((1, 2))
 
 
-def print_decay(path, sequences=16):
+def print_decay(path, sequences=SEQUENCES):
     """Prints the second table for the model of a checkpoint.
 
     Raises UserError or OSError if it, or the corpus that it was trained on, cannot be read.
     """
     import torch
     import quartet
-    from tools import run
+    from tools import checkpoint
 
-    state = run.load_checkpoint(path)
-    cfg = unquantized_settings(state["config"])
-    x, y = validation_batch(state, cfg, sequences)
+    state, cfg, (x, y) = open_checkpoint(path, sequences)
+    vocab_size = state["corpus"]["identity"]["vocab_size"]
 
     def load_model(**changes):
-        model = quartet.build_model(dataclasses.replace(cfg, **changes), state["vocab"])
-        model.load_state_dict(state["model"])
+        model = quartet.build_model(dataclasses.replace(cfg, **changes), vocab_size)
+        checkpoint.restore_model(state, model)
         return model
 
     exact = gradients(load_model(), x, y)
@@ -151,29 +151,37 @@ def print_decay(path, sequences=16):
         print_row(name, [f"{cosine:8.3f} /{aligned:6.3f}" for cosine, aligned in after_blocks])
 
 
+def open_checkpoint(path, sequences):
+    """Returns a checkpoint, its settings with nothing quantised, and a batch to measure with.
+
+    Raises what print_decay() raises.
+    """
+    from tools import checkpoint
+    state = checkpoint.read(path)
+    cfg = unquantized_settings(state["config"])
+    return state, cfg, validation_batch(state["corpus"], cfg, sequences)
+
+
 def unquantized_settings(config):
     """Returns the settings of a run, resolved again for this machine, with nothing quantised."""
     import quartet
-    changes = {
-        "precision": "bf16",
-        "keep_first": 0,
-        "keep_last": 0,
-        "device": "",
-        "steps": 1,
-        "tokens": 0,
-        "tokens_per_param": 0,
-        **dict.fromkeys(AXES, ""),
-    }
-    return quartet.resolve(quartet.Settings(**(config | changes)))
+    unquantized = dict(precision="bf16", keep_first=0, keep_last=0, gemm="auto")
+    changes = unquantized | dict.fromkeys(AXES)
+    return quartet.settings_of(dict(config=config | changes), quartet.Settings())
 
 
-def validation_batch(state, cfg, sequences):
-    """Returns inputs and targets [sequences, seq] of a batch that the run was evaluated on."""
+def validation_batch(trained_on, cfg, sequences):
+    """Returns inputs and targets [sequences, seq] of a batch that the run was evaluated on.
+
+    trained_on says which corpus that was. Raises UserError if it is another one by now.
+    """
     import quartet
-    from data import prepare, tokens
-    _, val_pattern = prepare.files(state["data"])
-    shards = tokens.open_tokens(val_pattern)
-    batch = tokens.batch(shards, 0, sequences, cfg.seq, 0, state["vocab"])
+    from data import tokens
+    from data.corpus import open_corpus
+    corpus = open_corpus(trained_on["folder"])
+    check(corpus.identity == trained_on["identity"],
+          f"the model was trained on another corpus than the one in {corpus.folder} by now")
+    batch = tokens.batch(corpus.val, 0, sequences, cfg.seq, 0)
     return quartet.to_device(batch, cfg.device)
 
 
@@ -181,22 +189,23 @@ def print_row(name, cells):
     print(f"{name:20s}" + "".join(cells))
 
 
-def main(argv):
-    summary, _, details = __doc__.strip().partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.quant_error", description=summary, epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+# ---- the command line
+
+def parse(argv):
+    parser = cli.Parser("python -m tools.quant_error", __doc__)
     parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="a checkpoint of quartet.py")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    for path in args.checkpoints:
+        open_checkpoint(path, SEQUENCES)    # A wrong path is said now, not after a minute.
     print_errors()
-    try:
-        for path in args.checkpoints:
-            print_decay(path)
-    except (UserError, OSError) as error:
-        print(f"tools.quant_error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for path in args.checkpoints:
+        print_decay(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.start(parse, "quant_error", "tools.quant_error")
+    sys.exit(cli.run(main, sys.argv[1:], "quant_error", go_on=""))

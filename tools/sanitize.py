@@ -21,10 +21,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                   # python tools/sanitize.py has to find fp4, too
 
+from data.files import check
+from tools import cli
+
+
+def parse(argv):
+    parser = cli.Parser("python -m tools.sanitize", __doc__)
+    parser.add_argument("--under", metavar="TOOL",
+                        help="what the watched process does; it is started by itself")
+    parser.add_argument("--planted", action="store_true", help="and whether it makes an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.start(parse, "sanitize", "tools.sanitize")
+
 import torch
 
-import fp4.ops
+import fp4
 from fp4 import reference
+from fp4.ops import OPERAND_FORMATS, SCALES, SIGN_ORDERS
 
 SHAPES = [(1, 32), (33, 160), (100, 544), (3, 1056)]
 # This one is so wide that a CUDA block of the backward quantisers takes three tiles.
@@ -36,9 +52,10 @@ TOOLS = {
 }
 PLANTED = {"memcheck": "Invalid __global__", "initcheck": "Uninitialized __global__"}
 USES_TMA = {"gemm", "quantize_gemm", "gemm_unrotate"}   # where the GEMM is gemm_sm90.cu
-NO_KERNEL = {"draw", "uniform", "mm_fp8"}       # ops that are written in PyTorch
-SIGN_ORDERS = ("before", "after", "none")
-FORMATS = ("packed", "fp8", "mxf4")
+# Ops that are written in PyTorch.
+NO_KERNEL = {"draw", "uniform", "mm_fp8", "quantize_gemm_stored"}
+FLOOR = SCALES.index("floor")                   # an op takes the numbers of words
+BEFORE = SIGN_ORDERS.index("before")
 ALPHA = 16 / 9
 
 
@@ -63,7 +80,7 @@ def calls(M, K, dtype, operand_format):
     """
     x = torch.randn(M, K).to(dtype)
     codes, scales, mask = reference.quantize_forward(x, "floor")
-    for scale in ("floor", "nearest"):
+    for scale in range(len(SCALES)):
         yield "quantize_forward", (x, scale)
     yield from backward_calls(x, codes, scales)
     for out_dtype in (torch.float32, torch.bfloat16):
@@ -76,7 +93,9 @@ def calls(M, K, dtype, operand_format):
 
 def backward_calls(x, codes, scales):
     signs, seeds = reference.draw(x, x, 3)
-    for variant in itertools.product((False, True), SIGN_ORDERS, FORMATS):
+    orders = range(len(SIGN_ORDERS))
+    formats = range(len(OPERAND_FORMATS))
+    for variant in itertools.product((False, True), orders, formats):
         stochastic, order, operand_format = variant
         yield "quantize_backward", (x, signs, seeds[:2], stochastic, order, order, operand_format)
         yield "requantize_transposed", (codes, scales, signs, seeds[2:], *variant)
@@ -91,7 +110,7 @@ def gemm_calls(x, codes, scales, mask, operand_format):
             yield "gemm_unrotate", (*a, *b, mask, ALPHA, out_dtype)
     w_codes, w_scales, _ = reference.quantize_forward(torch.randn(96, K), "floor")
     yield "gemm", (codes, scales, w_codes, w_scales, ALPHA, torch.float32)
-    yield "quantize_gemm", (x, "floor", w_codes, w_scales)
+    yield "quantize_gemm", (x, FLOOR, w_codes, w_scales)
 
 
 # ---- in the process that is watched
@@ -103,7 +122,7 @@ def plant_error(tool):
         x.untyped_storage().resize_(4096)       # 64 rows, but memory for one
     else:
         x = torch.empty(64, 1024, device="cuda")
-    torch.ops.fp4.quantize_forward(x, "floor")
+    torch.ops.fp4.quantize_forward(x, FLOOR)
 
 
 def call_everything(tool, operand_format):
@@ -125,8 +144,10 @@ def is_skipped(tool, operand_format, shape, name, arguments):
         return True
     if shape != MANY_TILES:
         return False
-    is_backward = name in ("quantize_backward", "requantize_transposed")
-    return not is_backward or "before" not in arguments
+    if name not in ("quantize_backward", "requantize_transposed"):
+        return True
+    sign_order = arguments[-2]
+    return sign_order != BEFORE
 
 
 def run_under(tool, is_planted):
@@ -147,7 +168,7 @@ def watch(sanitizer, tool, planted=False):
     for path in ROOT.glob("fp4/kernels/*.cu"):
         # The name of a kernel in an unnamed namespace contains the name of its file.
         only_ours += ["--kernel-name", f"kernel_substring={path.name.replace('.', '_')}"]
-    mode = ["planted"] if planted else []
+    mode = ["--planted"] if planted else []
     # Each tensor gets an allocation of its own.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.run(
@@ -159,24 +180,21 @@ def watch(sanitizer, tool, planted=False):
     return is_clean, process.stdout
 
 
-def reason_not_to_run(sanitizer):
-    """Returns a sentence, or None if everything is there."""
-    if not torch.cuda.is_available():
-        return "torch sees no GPU here"
-    if not sanitizer:
-        return "there is no compute-sanitizer here; it comes with the CUDA toolkit"
-    if not fp4.build().is_compiled:
-        return "the kernels did not build"
-    return None
+def check_it_can_run(sanitizer):
+    """Raises UserError if something is missing."""
+    check(torch.cuda.is_available(), "torch sees no GPU here")
+    check(sanitizer, "there is no compute-sanitizer here; it comes with the CUDA toolkit")
+    check(fp4.build().is_compiled, "the kernels did not build")
 
 
-def main():
+def main(argv):
+    args = parse(argv)
+    if args.under:
+        run_under(args.under, args.planted)
+        return 0
     path = os.environ["PATH"] + ":/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
     sanitizer = shutil.which("compute-sanitizer", path=path)
-    reason = reason_not_to_run(sanitizer)
-    if reason:
-        print(f"sanitize: {reason}", file=sys.stderr)
-        return 2
+    check_it_can_run(sanitizer)
     for tool, report in PLANTED.items():
         _, output = watch(sanitizer, tool, planted=True)
         if report not in output:
@@ -196,7 +214,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if "--under" in sys.argv:
-        run_under(sys.argv[2], "planted" in sys.argv)
-    else:
-        sys.exit(main())
+    sys.exit(cli.run(main, sys.argv[1:], "sanitize", go_on=""))

@@ -10,7 +10,6 @@ What does low precision cost, and which precision is best? The scaling law of Qu
     python -m tools.scaling collect out/*/log.csv > runs.csv
                                                     # finished runs of quartet.py, for: fit runs.csv
 """
-import argparse
 import csv
 import os
 import sys
@@ -18,9 +17,83 @@ import sys
 from data.files import UserError, check
 from tools import cli
 
-# numpy may be missing. Then the command goes on with the Python of .venv.
+
+# ---- the command line
+
+def parse(argv):
+    parser = cli.Parser("python -m tools.scaling", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    add_fit(commands)
+    add_regions(commands)
+    add_advise(commands)
+    add_sweep(commands)
+    add_collect(commands)
+    return parser.parse_args(argv)
+
+
+def add_command(commands, name, description):
+    return commands.add_parser(name, help=description, description=description)
+
+
+def add_runs(command, *name, **options):
+    command.add_argument(*name, help="CSV file of runs; default: the authors'", **options)
+
+
+def add_gpu(command, default, **options):
+    sources = "bops | h100 | b200 | rtx5090 | a .json file of make bench"
+    command.add_argument("--gpu", help=f"{sources}; default: {default}", **options)
+
+
+def add_fit(commands):
+    command = add_command(commands, "fit",
+                          "fit the law; how certain it is, how well it predicts")
+    add_runs(command, "runs", nargs="?")
+    command.add_argument("--picture", default="out/law.svg",
+                         help="where it is drawn; default: out/law.svg")
+
+
+def add_regions(commands):
+    command = add_command(commands, "regions",
+                          "the best precision for each model size and number of tokens")
+    add_runs(command, "--runs")
+    add_gpu(command, "bops, rtx5090 and this machine if it was measured", nargs="+")
+    command.add_argument("--forward", default="QuEST",
+                         help="what FP4 is in the forward pass; default: QuEST")
+    command.add_argument("--backward", default="SR-absmax",
+                         help="and backward; default: SR-absmax, as in the paper")
+    command.add_argument("--picture", default="out/regions.svg",
+                         help="where they are drawn; default: out/regions.svg")
+
+
+def add_advise(commands):
+    command = add_command(commands, "advise",
+                          "what each precision costs for one model, and which one to take")
+    command.add_argument("--params", required=True, help="without embedding and head, like 1.5B")
+    command.add_argument("--tokens", required=True, help="like 100B")
+    add_gpu(command, "this machine if it was measured, else bops")
+    add_runs(command, "--runs")
+
+
+def add_sweep(commands):
+    command = add_command(commands, "sweep",
+                          "train a small sweep with quartet.py; what is finished is not trained "
+                          "again")
+    command.add_argument("--out", default="out/law", help="folder of the runs; default: out/law")
+    command.add_argument("--data", default="", help="corpus of quartet.py; default: stdlib on a "
+                                                    "CPU, python on a GPU")
+
+
+def add_collect(commands):
+    command = add_command(commands, "collect",
+                          "finished runs of quartet.py as a CSV file, on stdout")
+    command.add_argument("logs", nargs="+", metavar="log.csv",
+                         help="logs of runs; a pattern such as 'out/*/log.csv' is one, too")
+
+
+# The command line is read here for the first time, to answer --help and mistyped flags without
+# numpy. Where that is missing, the command goes on with the Python of .venv.
 if __name__ == "__main__":
-    cli.use_venv(["-m", "tools.scaling", *sys.argv[1:]], packages=["numpy"])
+    cli.start(parse, "scaling", "tools.scaling", packages=["numpy"])
 
 import numpy as np
 
@@ -29,6 +102,7 @@ from tools.scaling import advise, fitting, law, pictures, regions, runs, speeds
 from tools.scaling.advise import format_count, format_range
 
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+MOST = 1e30                             # Beyond it the law's terms would overflow.
 NOT_DETERMINED = "not determined"       # stands in place of an interval
 NOT_TOLD = {
     "alpha": ": these runs do not tell what size does",
@@ -46,12 +120,14 @@ def parse_count(text):
         raise UserError(f"{text!r} is not a number like 1.5B, 300M or 1e9")
     check(0 < x < np.inf,
           f"a number of parameters or tokens must be positive and finite, got {text}")
+    check(x <= MOST, f"{text} is beyond any model: give {MOST:g} or less")
     return x
 
 
 def load(path):
-    """Returns the runs of a file, and what fitting.fit_all makes of them."""
-    points, left_out = runs.read(path)
+    """Returns the runs of a file, the authors' if it is None, and what fitting.fit_all makes of
+    them."""
+    points, left_out = runs.read(runs.PAPER if path is None else path)
     print_left_out(left_out)
     base, methods, unfitted = fitting.fit_all(points)
     return points, base, methods, unfitted
@@ -243,99 +319,25 @@ def cmd_sweep(args):
     sweep.sweep(args.out, args.data)
 
 
-# ---- the command line
+# ---- main
 
-class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print how the program is used and exit."""
-
-    def error(self, message):
-        raise UserError(f"{message} (python -m tools.scaling --help lists the commands)")
-
-
-def parse(argv):
-    parser = Parser(prog="python -m tools.scaling", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    add_fit(commands)
-    add_regions(commands)
-    add_advise(commands)
-    add_sweep(commands)
-    add_collect(commands)
-    return parser.parse_args(argv)
+COMMANDS = {
+    "fit": cmd_fit,
+    "regions": cmd_regions,
+    "advise": cmd_advise,
+    "sweep": cmd_sweep,
+    "collect": cmd_collect,
+}
 
 
-def add_command(commands, name, run, description):
-    command = commands.add_parser(name, help=description, description=description,
-                                  allow_abbrev=False)
-    command.set_defaults(run=run)
-    return command
-
-
-def add_runs(command, *name, **options):
-    command.add_argument(*name, default=runs.PAPER,
-                         help="CSV file of runs; default: the authors'", **options)
-
-
-def add_gpu(command, default, **options):
-    sources = "bops | h100 | b200 | rtx5090 | a .json file of make bench"
-    command.add_argument("--gpu", help=f"{sources}; default: {default}", **options)
-
-
-def add_fit(commands):
-    command = add_command(commands, "fit", cmd_fit,
-                          "fit the law; how certain it is, how well it predicts")
-    add_runs(command, "runs", nargs="?")
-    command.add_argument("--picture", default="out/law.svg")
-
-
-def add_regions(commands):
-    command = add_command(commands, "regions", cmd_regions,
-                          "the best precision for each model size and number of tokens")
-    add_runs(command, "--runs")
-    add_gpu(command, "bops, rtx5090 and this machine if it was measured", nargs="+")
-    command.add_argument("--forward", default="QuEST",
-                         help="what FP4 is in the forward pass; default: QuEST")
-    command.add_argument("--backward", default="SR-absmax",
-                         help="and backward; default: SR-absmax, as in the paper")
-    command.add_argument("--picture", default="out/regions.svg")
-
-
-def add_advise(commands):
-    command = add_command(commands, "advise", cmd_advise,
-                          "what each precision costs for one model, and which one to take")
-    command.add_argument("--params", required=True, help="without embedding and head, like 1.5B")
-    command.add_argument("--tokens", required=True, help="like 100B")
-    add_gpu(command, "this machine if it was measured, else bops")
-    add_runs(command, "--runs")
-
-
-def add_sweep(commands):
-    command = add_command(commands, "sweep", cmd_sweep,
-                          "train a small sweep with quartet.py; what is finished is not trained "
-                          "again")
-    command.add_argument("--out", default="out/law")
-    command.add_argument("--data", default="", help="corpus of quartet.py; default: stdlib on a "
-                                                    "CPU, python on a GPU")
-
-
-def add_collect(commands):
-    command = add_command(commands, "collect", cmd_collect,
-                          "finished runs of quartet.py as a CSV file, on stdout")
-    command.add_argument("logs", nargs="+", metavar="log.csv")
+def main(argv):
+    args = parse(argv)
+    COMMANDS[args.command](args)
 
 
 def run_cli(argv):
-    """
-    Runs one command and returns the exit code: 0, or 2 where the user can mend what is wrong,
-    which is then said in one sentence.
-    """
-    try:
-        args = parse(argv)
-        args.run(args)
-    except (UserError, OSError) as error:
-        print(f"scaling: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """main(argv), in which a mistake of the user ends in one sentence; returns the exit code."""
+    return cli.run(main, argv, "scaling", go_on="")
 
 
 if __name__ == "__main__":
