@@ -1,29 +1,53 @@
 """
-The files of one run: its label, log.csv and checkpoint. It does not depend on the trainer.
+The files of one run: its folder, its lock and log.csv. It does not depend on the trainer.
 
 A run lives in the folder OUT/NAME:
 
-    log.csv     lines that start with # say what made the run and when it ended; between them is
-                a CSV table with one line a step
-    ckpt.pt     everything that the next step depends on
+    log.csv     lines that start with # say what made the run, where it was resumed and when it
+                ended; between them is a CSV table with one line a step
+    ckpt.pt     everything that the next step depends on; ckpt-STEP.pt are older ones
     curve.svg   the loss, drawn at the end
+    lock        who trains here at the moment; gone when nobody does
 """
+import contextlib
 import csv
 import datetime
 import itertools
 import json
 import math
 import os
+import re
 import subprocess
+import zipfile
 from typing import NamedTuple, Optional
 
-from data.files import UserError, atomic_write, check
-from fp4.recipes import variant_name
+from data import locks
+from data.files import UserError, atomic_write_text, check
+from fp4.recipes import AXES, variant_name
 
 # Settings that do not change which model comes out of a run. All others are its identity: if they
 # are equal to those in the log of a folder, then the folder holds the same run.
-NOT_IDENTITY = ("resume", "discard", "out", "name", "sample", "sample_tokens", "seeds", "jobs")
-CHECKPOINT_VERSION = 1
+NOT_IDENTITY = ("resume", "discard", "out", "name", "sample", "sample_tokens", "seeds", "jobs",
+                "keep", "allow_changes")
+LENGTHS = ("steps", "tokens", "tokens_per_param")
+# A corpus is known by its content. How it is called matters only where the content is not known.
+CORPUS_NAMES = ("data", "vocab")
+# A run that was resumed with other values of these can still be compared with other runs.
+HARMLESS = ("micro", "compile", "device", "gemm", "eval_every")
+# Settings that may change on --resume. Any other says how the run has been trained so far, and
+# would no longer be true of all its steps.
+MAY_CHANGE = (*LENGTHS, *HARMLESS, *CORPUS_NAMES, "lr", "weight_decay", "clip")
+# The names of checkpoints. The number is the step after which it was written.
+CHECKPOINT = re.compile(r"ckpt(?:-(0|[1-9]\d*))?\.pt")
+# The parts of a checkpoint, which only ours has all of.
+PARTS = {"version", "config", "corpus", "history", "model", "optimizer", "rng", "cuda_rng"}
+# What a process that was killed while it wrote a file leaves of it.
+UNFINISHED = re.compile(r"(log\.csv|curve\.svg|ckpt(-(0|[1-9]\d*))?\.pt)\.tmp")
+
+
+class Diverged(UserError):
+    """A run came to a number that is not finite (Run.not_finite). Training goes no further."""
+    exit_code = 3
 
 
 def label(config):
@@ -40,21 +64,105 @@ def label(config):
     return "-".join(parts)
 
 
+def changes(old, new, old_corpus=None, new_corpus=None):
+    """
+    {setting: [old value, new value]} where two dictionaries of settings mean another model.
+
+    old_corpus and new_corpus are the identities of two data.corpus.Corpus. If both are known, they
+    are compared, and what their corpora are called is not.
+    """
+    ignored = NOT_IDENTITY
+    if old_corpus and new_corpus:
+        ignored += CORPUS_NAMES
+        old = old | old_corpus
+        new = new | new_corpus
+    return {name: [old.get(name), value] for name, value in new.items()
+            if name not in ignored and value != old.get(name)}
+
+
+def describe_changes(changed):
+    """What changes() found, such as steps 4 -> 6, lr 0.1 -> 0.2."""
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+
+
+# ---- the folder: one process at a time, and nothing is ever overwritten
+
+@contextlib.contextmanager
+def lock(folder):
+    """
+    Keep every other process out of the folder of a run, which is made if it is missing.
+
+    What a killed process left half-written is removed. Raises UserError that names the process
+    which holds the lock.
+    """
+    with lock_as_it_is(folder):
+        for name in os.listdir(folder):
+            if UNFINISHED.fullmatch(name):
+                os.remove(os.path.join(folder, name))
+        yield
+
+
+@contextlib.contextmanager
+def lock_as_it_is(folder):
+    """As lock(), but no file in the folder is touched: it may be the user's."""
+    check(not os.path.isfile(folder), f"{folder} is a file: choose another --name")
+    is_new = not os.path.exists(folder)
+    refusal = "wait until it ends, or choose another --name"
+    try:
+        with locks.hold(os.path.join(folder, "lock"), refusal):
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)        # Where nothing was written, no folder stays.
+
+
 def set_aside(folder):
-    """Rename the folder of an earlier run of the same name, so that nothing is lost."""
+    """Rename the folder of an earlier run of the same name, so that nothing is lost.
+
+    Raises UserError if a process is at work there, or if what is there is not a run.
+    """
     if not os.path.exists(folder):
         return
-    if os.listdir(folder) == ["log.txt"]:
-        return                          # With --jobs, that file is our own output.
-    for number in itertools.count(1):
-        new_name = f"{folder}.{number}"
-        if not os.path.exists(new_name):
-            break
-    os.rename(folder, new_name)
+    with lock_as_it_is(folder):
+        # With --jobs, log.txt is our own output.
+        names = [name for name in os.listdir(folder) if name not in ("log.txt", "lock")]
+        if all(map(UNFINISHED.fullmatch, names)):
+            return
+        check(run_in(folder) or has_checkpoint(folder),
+              f"{folder} is not a run of quartet.py: choose another --name")
+        new_name = free_name(folder)
+        os.rename(folder, new_name)
+        os.remove(os.path.join(new_name, "lock"))
     print(f"{folder} existed and is now {new_name}")
 
 
-# ---- log.csv
+def has_checkpoint(folder):
+    """Does a folder hold a checkpoint of ours? Other trainers call theirs ckpt.pt as well."""
+    names = filter(CHECKPOINT.fullmatch, os.listdir(folder))
+    return any(is_checkpoint(os.path.join(folder, name)) for name in names)
+
+
+def is_checkpoint(path):
+    """Does a file name all parts of a checkpoint? It is not loaded, which would take torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            pickled = b"".join(map(archive.read, names))
+    except Exception:                   # A damaged file may raise anything.
+        return False
+    return all(part.encode() in pickled for part in PARTS)
+
+
+def free_name(path):
+    """The first of path.1, path.2, ... that does not exist."""
+    for number in itertools.count(1):
+        name = f"{path}.{number}"
+        if not os.path.lexists(name):
+            return name
+
+
+# ---- log.csv is written
 
 class Step(NamedTuple):
     """One line of the table in log.csv."""
@@ -68,13 +176,17 @@ class Step(NamedTuple):
     mfu: str                            # model FLOPs utilisation, or n/a
 
 
-def log_head(config, device_name, backend_description):
-    """The lines at the top of log.csv, which say what made the run."""
+def log_head(config, device_name, backend_description, corpus=None):
+    """The lines at the top of log.csv, which say what made the run.
+
+    config is a dictionary of settings, corpus the identity of a data.corpus.Corpus.
+    """
     lines = [
         f"# commit {git_commit()}",
         f"# config {json.dumps(config)}",
         f"# device {device_name}",
         f"# fp4 {backend_description}",
+        *([f"# data {json.dumps(corpus)}"] if corpus else []),
         ",".join(Step._fields),
     ]
     return "".join(line + "\n" for line in lines)
@@ -98,18 +210,97 @@ def log_row(row):
             f"{row.tokens_per_s:.0f},{row.mfu}\n")
 
 
+def log_resumed(step, changed):
+    """The line that says after which step a run went on, and which settings are new from there.
+
+    changed is what changes() returns.
+    """
+    return f"# resumed {json.dumps(dict(step=step, changes=changed))}\n"
+
+
 def log_end(memory):
     """The last line of a finished run's log.csv."""
     return f"# finished {datetime.date.today()}, peak memory {memory}\n"
 
 
+def log_diverged(sentence):
+    """The last line of a run that diverged."""
+    return f"# diverged {sentence}\n"
+
+
+def start_log(path, head):
+    """Begin the log.csv of a new run. head is what log_head() returns."""
+    atomic_write_text(path, head)
+
+
+def resume_log(path, head, history, changed):
+    """
+    Let log.csv end where the checkpoint does, since the steps after it are trained again.
+
+    The log keeps its own head: it says how the steps so far were trained. A log that is missing
+    or that tells of other steps is replaced by a new one, and kept under another name.
+
+    head      what log_head() returns for the settings in the checkpoint
+    history   the list of Steps in the checkpoint
+    changed   what changes() returns for the settings of the checkpoint and the present ones
+    """
+    rows = [log_row(row) for row in history]
+    lines = lines_so_far(path, rows)
+    if lines is None:
+        if os.path.lexists(path):
+            other = free_name(path)
+            os.rename(path, other)
+            print(f"{path} is not the log of this checkpoint and is now {other}")
+        lines = [head]
+    n_known = sum(is_row(line) for line in lines)
+    text = "".join([*lines, *rows[n_known:], log_resumed(len(rows), changed)])
+    atomic_write_text(path, text)
+
+
+def lines_so_far(path, rows):
+    """
+    The lines of a log up to the last of these rows, or as far as they are there.
+
+    None if it is not a log, or if its rows are others.
+    """
+    try:
+        text = read_text(path)
+        parse_log(text)
+    except (OSError, ValueError):
+        return None
+    lines = []
+    n_known = 0
+    for line in text.splitlines(keepends=True):
+        if is_row(line):
+            is_cut = not line.endswith("\n")
+            if n_known == len(rows) or is_cut:
+                break
+            if line != rows[n_known]:
+                return None
+            n_known += 1
+        elif n_known == len(rows) > 0:
+            break
+        lines.append(line)
+    return lines
+
+
+def is_row(line):
+    """Is this line of a log one of a step?"""
+    return line[:1].isdigit()
+
+
+# ---- log.csv is read
+
 class Run(NamedTuple):
     """What a log.csv says."""
-    config: dict
+    config: dict                        # of the settings, at the end
     device: str
     history: list                       # of Step
-    date: str                           # when the run was finished; "": it was not
+    date: str                           # when it was finished, its last step evaluated; "": not
     memory: str                         # peak memory, such as "1.03 GiB"
+    corpus: dict                        # the identity of its Corpus; {}: in an older log
+    resumed: list                       # of {"step": n, "changes": what changes() returned}
+    divergence: str                     # the sentence with which it diverged; "": it did not
 
     @property
     def vals(self):
@@ -117,24 +308,33 @@ class Run(NamedTuple):
         return [row.val for row in self.history if row.val is not None]
 
     @property
-    def broken(self):
-        """Did the run stop at a loss or gradient norm that was not finite?"""
-        return bool(self.history) and not math.isfinite(self.history[-1].loss)
+    def not_finite(self):
+        """Did the run come to a loss, a gradient or a weight that is not finite?"""
+        losses = [row.loss for row in self.history] + self.vals
+        return bool(self.divergence) or not all(map(math.isfinite, losses))
 
     @property
     def ended(self):
-        """Is there nothing left to train, because the run was finished or is broken?"""
-        return bool(self.date) or self.broken
+        """Is there nothing left to train, because the run was finished or is not finite?"""
+        return bool(self.date) or self.not_finite
 
     @property
     def diverged(self):
-        """Did the validation loss end as NaN, or higher than it was at the first evaluation?"""
-        return self.broken or not self.vals[-1] <= self.vals[0]
+        """Is an ended run not finite, or its last validation loss higher than its first?"""
+        return self.not_finite or not self.vals[-1] <= self.vals[0]
+
+
+def read_text(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def read_log(path):
-    with open(path) as file:
-        return parse_log(file.read())
+    """The Run of a log.csv. Raises ValueError or OSError, with a sentence, if it is not one."""
+    try:
+        return parse_log(read_text(path))
+    except UnicodeDecodeError:
+        raise ValueError("not a log of quartet.py (it is not text)")
 
 
 def parse_log(text):
@@ -143,15 +343,56 @@ def parse_log(text):
     Raises ValueError, with a sentence, when the text is not a log.
     """
     try:
-        lines = text.splitlines()
-        head = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
-        table = csv.DictReader(line for line in lines if not line.startswith("#"))
-        # A line without its last field was cut off when the run was killed.
-        history = [parse_row(fields) for fields in table if fields["mfu"]]
-        date, _, memory = head.get("finished", "").partition(", peak memory ")
-        return Run(json.loads(head["config"]), head["device"], history, date, memory)
-    except (KeyError, TypeError, ValueError) as error:
+        return make_run(text.splitlines())
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError,
+            csv.Error) as error:
         raise ValueError(f"not a log of quartet.py ({type(error).__name__}: {error})")
+
+
+def make_run(lines):
+    """The Run that the lines of a log describe; raises what their parts raise."""
+    notes = [line[2:].partition(" ") for line in lines if line.startswith("# ")]
+    head = {name: value for name, _, value in notes}
+    resumed = [json.loads(value) for name, _, value in notes if name == "resumed"]
+    config = json.loads(head["config"])
+    for entry in resumed:
+        config |= {name: new for name, (_, new) in entry["changes"].items()}
+    corpus = json.loads(head.get("data", "{}"))
+    check_types(config, corpus, resumed)
+    history = parse_rows(lines)
+    date, _, memory = head.get("finished", "").partition(", peak memory ")
+    if not (history and history[-1].val is not None):
+        date = ""                       # How good it is in the end has yet to be evaluated.
+    return Run(config, head["device"], history, date, memory, corpus, resumed,
+               head.get("diverged", ""))
+
+
+def check_types(config, corpus, resumed):
+    """Raises TypeError unless the notes in a log have the types that names and tables need."""
+    texts = dict.fromkeys(("precision", "name", "size", "data"), str)
+    counts = dict.fromkeys(("seed", "batch", "seq"), int)
+    optional = dict.fromkeys(AXES, (str, type(None)))
+    optional |= dict.fromkeys(("keep_first", "keep_last", "jobs", "vocab"), (int, type(None)))
+    optional |= dict.fromkeys(LENGTHS, (int, float, type(None)))
+    for name, kinds in (texts | counts | optional).items():
+        if not isinstance(config.get(name), kinds):
+            raise TypeError(f"{name} is {config.get(name)!r}")
+    if not all(isinstance(value, (str, int)) for value in corpus.values()):
+        raise TypeError(f"data is {corpus!r}")
+    if not all(isinstance(entry["step"], int) for entry in resumed):
+        raise TypeError(f"resumed is {resumed!r}")
+
+
+def parse_rows(lines):
+    """The table between the comments of a log, as a list of Step."""
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    if rows and not rows[-1]["mfu"]:
+        rows.pop()                      # It was cut off when the run was killed.
+    history = [parse_row(fields) for fields in rows]
+    for before, after in itertools.pairwise(history):
+        if after.step <= before.step:
+            raise ValueError(f"step {after.step} comes after step {before.step}")
+    return history
 
 
 def parse_row(fields):
@@ -180,71 +421,53 @@ def thin_log(text):
     return "".join(kept)
 
 
-def earlier_run(cfg):
-    """The Run in the folder of cfg if it is this very run, finished or not; otherwise None."""
+# ---- the run in a folder
+
+def run_in(folder):
+    """The Run whose log lies in a folder, or None."""
     try:
-        run = read_log(os.path.join(cfg.out, cfg.name, "log.csv"))
+        return read_log(os.path.join(folder, "log.csv"))
     except (OSError, ValueError):
         return None
-    same = all(run.config.get(name) == value for name, value in vars(cfg).items()
-               if name not in NOT_IDENTITY)
-    return run if same else None
 
 
-# ---- checkpoints
-
-def save_checkpoint(path, cfg, vocab_size, data_folder, model, optimizer, history):
-    """Write everything that the next step depends on. The place in the data needs no entry: it
-    is a function of the step."""
-    import torch
-    on_gpu = cfg.device != "cpu"
-    state = dict(
-        version=CHECKPOINT_VERSION,
-        config=dict(vars(cfg)),
-        vocab=vocab_size,
-        data=data_folder,
-        history=[tuple(row) for row in history],
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state(cfg.device) if on_gpu else None,
-    )
-    atomic_write(path, lambda file: torch.save(state, file))
+def is_finished(folder):
+    """Has the run in this folder been trained to its end?"""
+    found = run_in(folder)
+    return found is not None and bool(found.date)
 
 
-def load_checkpoint(path):
-    """The dictionary that save_checkpoint wrote; UserError if the file is something else."""
-    import torch
-    check(os.path.exists(path),
-          f"there is no checkpoint {path}: train first, or name another run with --name")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of quartet.py ({type(error).__name__})")
-    is_ours = isinstance(state, dict) and state.get("version") == CHECKPOINT_VERSION
-    check(is_ours, f"{path} is of another version of quartet.py")
-    return state
+def changes_to(folder, config, corpus=None):
+    """What changes() finds between the run in a folder and config; {} where there is no run.
 
-
-def restore_checkpoint(state, cfg, model, optimizer):
-    """Put a loaded checkpoint into model, optimizer and torch's generators.
-
-    Returns the history so far, a list of Step. Raises UserError if the model does not fit.
+    corpus is the identity of the corpus that config names, if it is known.
     """
-    import torch
-    old = state["config"]
-    changes = [f"{name} {old.get(name)} -> {value}" for name, value in vars(cfg).items()
-               if name not in NOT_IDENTITY and value != old.get(name)]
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError):
-        reason = ", ".join(changes) or "the vocabulary differs"
-        raise UserError(f"the checkpoint of {cfg.name} is of another model ({reason}): "
-                        "choose another --name")
-    if changes:
-        print(f"resuming with other settings: {', '.join(changes)}")
-    torch.set_rng_state(state["rng"])
-    if cfg.device != "cpu" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], cfg.device)
-    return [Step(*row) for row in state["history"]]
+    found = run_in(folder)
+    return changes(found.config, config, found.corpus, corpus) if found else {}
+
+
+def difference(run, config, corpus):
+    """
+    What tells a Run from the one that these settings make, in words; "" if it is the same run.
+
+    corpus is the identity of a data.corpus.Corpus. A run of another corpus or vocabulary is not
+    the same; a log that does not know its corpus may be of any. Nor is a run that was resumed with
+    settings that make another model: its steps were not all trained alike.
+    """
+    changed = changes(run.config, config, run.corpus, corpus)
+    parts = [describe_changes(changed)] if changed else []
+    return ", ".join([*parts, *resumed_otherwise(run)])
+
+
+def resumed_otherwise(run, harmless=HARMLESS):
+    """Sentences on where a Run was resumed with other settings than those called harmless."""
+    if run.corpus:                      # Another content is a change of its own.
+        harmless += CORPUS_NAMES
+    sentences = []
+    for entry in run.resumed:
+        changed = {name: change for name, change in entry["changes"].items()
+                   if name not in harmless}
+        if changed:
+            sentences.append(f"resumed after step {entry['step']} with "
+                             f"{describe_changes(changed)}")
+    return sentences
