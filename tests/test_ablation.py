@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -15,13 +16,12 @@ import torch
 
 import fp4
 import quartet
-from data import prepare
-from data.files import UserError, atomic_write
+from data.files import Stopped, UserError, atomic_write
 from fp4.emulate import matmul
 from model import PRESETS, Llama, ModelConfig
 from test_train import ROOT, corpus, log, run               # fixtures and a reader
-from tools import ablation, cli, report, study
-from tools.run import Step, log_head, log_row, read_log
+from tools import ablation, checkpoint, cli, report, study
+from tools.run import Step, lock, log_diverged, log_head, log_row, parse_log, read_log
 
 FEW = ("--steps", 4, "--eval_every", 2, "--sample_tokens", 0)
 TINY = dataclasses.replace(PRESETS["tiny"], n_layer=2, n_embd=64, n_head=1)
@@ -51,14 +51,17 @@ def table(out):
     return {line[0]: dict(zip(lines[0], line)) for line in lines[1:]}
 
 
-def written(tmp_path, vals, memory="n/a", **settings):
+CORPUS = dict(fingerprint="a" * 16, vocabulary="b" * 16, vocab_size=320)
+
+
+def written(tmp_path, vals, memory="n/a", corpus=CORPUS, **settings):
     "a log as quartet.py writes it, read again; vals: of the evaluations"
     settings = dict(size="tiny", steps=2 * len(vals), device="cpu", out=str(tmp_path)) | settings
     cfg = quartet.resolve(quartet.Settings(**settings))
     every_second = [v for val in vals for v in (None, val)]
     history = [Step(i, 5., v, 1e-3, 1., 10., 100. * i, "n/a")
                for i, v in enumerate(every_second, 1)]
-    head = log_head(vars(cfg), quartet.machine(cfg), "test")
+    head = log_head(vars(cfg), "CPU, torch test", "test", corpus)
     end = f"# finished 2026-01-02, peak memory {memory}\n"
     folder = tmp_path / cfg.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +136,38 @@ def test_one_seed_gives_a_gap_without_a_spread_and_shared_machines_are_said(tmp_
     assert "8 runs that share the machine" in text
 
 
+def test_fp4_in_the_first_row_is_compared_with_once(tmp_path):
+    runs = [written(tmp_path, [6, 5], precision=precision) for precision in ("fp4", "bf16", "fp8")]
+    text = report.text(report.table(runs), 1)
+    assert text.count("gap to") == 1
+    assert [*table(text)["bf16"]] == [
+        "run", "val loss", "gap to fp4", "after 2 steps", "tokens/s", "peak memory"]
+
+
+@pytest.mark.parametrize("part", CORPUS)
+def test_runs_of_two_corpora_do_not_stand_in_one_table(tmp_path, part):
+    runs = [
+        written(tmp_path, [6, 5], precision="bf16"),
+        written(tmp_path, [6, 5], precision="fp4", corpus=CORPUS | {part: "c" * 16}),
+        written(tmp_path, [6, 5], precision="fp8", corpus=None),
+    ]
+    with pytest.raises(UserError) as caught:
+        report.report(runs, str(tmp_path / "table"))
+    assert str(caught.value) == (
+        "these runs are of different corpora and cannot stand in one table: "
+        f"{part} {CORPUS[part]} in tiny-bf16, {'c' * 16} in tiny-fp4")
+    assert not list(tmp_path.glob("table*"))
+    report.check_one_corpus([runs[0], runs[2]])     # An older log does not know its corpus.
+
+
+def test_a_run_that_diverged_before_its_first_evaluation_is_a_row(tmp_path):
+    good = written(tmp_path, [6, 5], precision="bf16")
+    log = tmp_path / "tiny-bf16" / "log.csv"
+    head = log.read_text().split("1,5.0")[0]
+    bad = parse_log(head.replace("bf16", "fp4") + log_diverged("a weight is not finite"))
+    assert table(report.text(report.table([good, bad]), 1))["fp4"]["val loss"] == "diverged"
+
+
 # ---- the study's tables
 
 @pytest.fixture
@@ -191,7 +226,7 @@ def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_ru
     kept = (tmp_path / "runs.csv").read_text()
     assert table(text)["fp4"]["val loss"] == "diverged"
     # head, names of the columns, two evaluations, end
-    assert len(kept.splitlines()) == 2 * (4 + 1 + 2 + 1)
+    assert len(kept.splitlines()) == 2 * (5 + 1 + 2 + 1)
     assert quartet.run_cli(["runs.csv"], study.main) == 0
     assert readme.read_text() == text
 
@@ -221,6 +256,47 @@ def test_the_gap_is_drawn_from_the_longest_runs_and_drawing_again_changes_no_pic
     assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 0
     assert (tmp_path / "ablation.svg").read_bytes() == pictures["ablation.svg"]
     assert (tmp_path / "gap.svg").read_bytes() != pictures["gap.svg"]
+
+
+def test_without_matplotlib_the_tables_are_written_all_the_same(readme, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for precision in ("bf16", "fp4"):
+        written(tmp_path / "study", [6, 5], precision=precision)
+    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 0
+    assert [*table(readme.read_text())] == ["bf16", "fp4"]
+    assert "![curves]" not in readme.read_text() and not list(tmp_path.glob("*.svg"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_cannot_stand_in_the_study_is_left_out_and_said(readme, tmp_path, capsys):
+    for precision in ("bf16", "fp4", "fp4-sr"):
+        written(tmp_path / "study", [6, 5], precision=precision)
+    files = logs_in(tmp_path / "study")
+    with open(tmp_path / "study" / "tiny-fp4-sr" / "log.csv", "a") as file:
+        file.write('# resumed {"step": 2, "changes": {"lr": [0.1, 0.002]}}\n')
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe")
+    (tmp_path / "other.csv").write_text("a,b\n")
+    files += ["binary.csv", "other.csv", "missing.csv"]
+    assert quartet.run_cli(files, study.main) == 0
+    out = capsys.readouterr().out
+    assert [*table(readme.read_text())] == ["bf16", "fp4"]
+    assert "tiny-fp4-sr/log.csv: resumed after step 2 with lr 0.1 -> 0.002" in out
+    for name in ("binary", "other", "missing"):
+        assert f"left out: {name}.csv: " in out
+
+    # Not even if its length gives it a table of its own.
+    written(tmp_path / "study", [6, 5, 4], precision="fp8", corpus=CORPUS | {"vocab_size": 400})
+    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 2
+    assert "are of different corpora" in capsys.readouterr().err
+
+
+def test_the_studys_help_needs_no_torch(tmp_path):
+    code = ("import runpy, sys\n"
+            "sys.argv = ['study', '--help']\n"
+            "try:\n    runpy.run_module('tools.study', run_name='__main__')\n"
+            "finally:\n    assert 'torch' not in sys.modules\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "make ablation" in done.stdout, done.stderr
 
 
 # ---- what is trained and what is kept
@@ -253,17 +329,32 @@ def test_what_is_finished_is_kept_and_what_has_other_settings_is_set_aside(run, 
         names = ("tiny-bf16", "tiny-fp4")
         return {name: os.stat(tmp_path / name / "log.csv").st_ino for name in names}
 
-    run("--precision", "bf16,fp4", *FEW)
+    run("--precision", "bf16,fp4", "--name", "tiny", *FEW)
     before = inodes()
-    code, _, out = run("--precision", "bf16,fp4,fp4", *FEW, "--seeds", 1)
+    code, _, out = run("--precision", "bf16,fp4,fp4", "--name", "tiny", *FEW, "--seeds", 1)
     assert code == 0 and out.count("is finished") == 2
     assert inodes() == before and [*table(out)] == ["bf16", "fp4"]
     os.remove(tmp_path / "tiny-fp4" / "ckpt.pt")            # the log is enough
     os.remove(tmp_path / "tiny-bf16" / "ckpt.pt")
-    assert run("--precision", "bf16,fp4", *FEW)[2].count("is finished") == 2
-    code, _, out = run("--precision", "bf16,fp4", *FEW, "--lr", .001)
+    again = ("--precision", "bf16,fp4", "--name", "tiny", *FEW)
+    assert run(*again)[2].count("is finished") == 2
+    code, _, out = run(*again, "--lr", .001)
     assert code == 0 and out.count("existed and is now") == 2
+    assert f"{tmp_path}/tiny-fp4 holds another run (lr 0.002 -> 0.001)" in out
     assert os.stat(tmp_path / "tiny-fp4.1" / "log.csv").st_ino == before["tiny-fp4"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_of_another_corpus_is_not_the_same_run(run, tmp_path):
+    run("--precision", "bf16,fp4", *FEW)
+    path = tmp_path / "tiny-fp4" / "log.csv"
+    fingerprint = read_log(path).corpus["fingerprint"]
+    path.write_text(path.read_text().replace(fingerprint, "f" * 16))
+    code, _, out = run("--precision", "bf16,fp4", *FEW)
+    assert code == 0 and "tiny-bf16 is finished" in out and "tiny-fp4 is finished" not in out
+    assert f"tiny-fp4 holds another run (fingerprint {'f' * 16} -> {fingerprint})" in out
+    assert numbered(tmp_path) == ["tiny-fp4.1"]
+    assert read_log(path).corpus["fingerprint"] == fingerprint
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -277,8 +368,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_ends_as_if_it_had_no
     def stopped(*a):
         nonlocal n_calls
         n_calls += 1
-        # the first run, two looks at the corpus, five steps of the second
-        if n_calls == 9 + 1 + 1 + 5 + 1:
+        # the first run, five steps of the second
+        if n_calls == 9 + 5 + 1:
             raise KeyboardInterrupt
         return batch(*a)
 
@@ -314,10 +405,40 @@ def test_a_row_that_diverges_is_said_and_the_next_one_is_trained(run, tmp_path, 
     assert float(table(out)["fp4"]["val loss"]) > 0
     before = (tmp_path / "tiny-broken" / "log.csv").read_text()
     code, _, out = run("--precision", "bf16,broken,fp4", *FEW)      # and not again
-    assert code == 0 and "tiny-broken is finished" in out
+    assert code == 0 and "tiny-broken diverged" in out
     assert (tmp_path / "tiny-broken" / "log.csv").read_text() == before
     # but on its own that is an error
-    assert run("--precision", "broken", *FEW, "--name", "alone")[0] == 2
+    assert run("--precision", "broken", *FEW, "--name", "alone")[0] == 3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_fails_stops_no_other_and_the_table_is_written(run, tmp_path):
+    (tmp_path / "tiny-bf16").mkdir()
+    (tmp_path / "tiny-bf16" / "thesis.tex").write_text("mine")
+    code, err, text = run("--precision", "bf16,fp4", *FEW)
+    assert code == 2 and "1 of 2 runs failed" in err and "tiny-bf16 is not a run of" in err
+    assert [*table(text)] == ["fp4"] and "tiny-bf16: failed: " in text
+    assert (tmp_path / "tiny-bf16-fp4.csv").exists()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".svg"])
+def test_a_file_of_the_user_is_not_replaced_by_a_table_and_that_is_said_before_training(
+        run, tmp_path, ending):
+    path = tmp_path / f"tiny-bf16-fp4{ending}"
+    path.write_text("run,mine\n")
+    code, err, _ = run("--precision", "bf16,fp4", *FEW)
+    assert code == 2 and f"{path} is not of an earlier table, and would be replaced" in err
+    assert os.listdir(tmp_path) == [path.name] and path.read_text() == "run,mine\n"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_replaces_an_earlier_one(tmp_path):
+    path = tmp_path / "table"
+    runs = [written(tmp_path, [6, 5], precision="bf16")]
+    report.report(runs, str(path))
+    runs.append(written(tmp_path, [6, 5], precision="fp4"))
+    report.report(runs, str(path))
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -337,15 +458,197 @@ def test_all_is_every_row(monkeypatch, capsys):
     assert len({cfg.name for cfg in configs}) == len(configs)
 
 
-# ---- several at a time
+# ---- several at a time: what the parent makes of its children
+
+@pytest.fixture
+def children(tmp_path, monkeypatch, capfd):
+    "children(code, n, jobs) trains n runs in processes of this code; returns what failed, output"
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+
+    def children(code, n=1, jobs=2):
+        script = tmp_path / "child.py"
+        script.write_text(CHILD + code)
+        failed = ablation.train_in_processes(settings(tmp_path, n), jobs, str(script))
+        return failed, capfd.readouterr().out
+    return children
+
+
+CHILD = """
+import os, signal, sys, time
+folder = os.path.join(*[word.split("=")[1] for name in ("--out", "--name")
+                        for word in sys.argv if word.startswith(name + "=")])
+number = int(folder[-1])
+def say(text): print(text, flush=True)
+"""
+# It saves when it is asked to stop, as a run does.
+STOPS = """
+def stop(*a):
+    open(os.path.join(folder, "ckpt.pt"), "w").close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+open(os.path.join(folder, "ready"), "w").close()
+time.sleep(30)
+"""
+HANGS = STOPS.replace("stop)", "signal.SIG_IGN)")
+
+
+def settings(tmp_path, n):
+    argv = ["--size", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
+    return [quartet.resolve(quartet.parse([*argv, "--name", f"r{i}"])) for i in range(n)]
+
+
+def test_jobs_says_at_once_what_it_started_and_where_the_logs_are(children, tmp_path):
+    _, out = children("say('hello')", n=2)
+    for i in range(2):
+        path = tmp_path / "out" / f"r{i}" / "log.txt"
+        assert f"r{i}: started, what it says is in {path}\n" in out
+        assert path.read_text() == "hello\n"
+    assert out.index("r1: started") < out.index("[1/2]")
+
+
+def test_a_child_that_fails_is_reported_with_its_last_sentence(children, tmp_path):
+    code = ("if number == 0: os.kill(os.getpid(), 9)\n"
+            "if number == 1: say('step 1'); sys.exit('quartet: out of memory, take less')\n"
+            "if number == 2: say(b'\\xff'); say('\\xff'); raise KeyError('not there')\n"
+            "if number == 3: say('step 7'); os.kill(os.getpid(), 9)\n")
+    (tmp_path / "out" / "r0").mkdir(parents=True)
+    (tmp_path / "out" / "r0" / "log.txt").write_text("of an earlier run\n")
+    killed = "killed, as the system does when memory is full; before, it said: "
+    failed, out = children(code, n=4)
+    said = [killed + "it said nothing", "quartet: out of memory, take less",
+            "KeyError: 'not there'", killed + "step 7"]
+    assert sorted(failed) == [f"{tmp_path}/out/r{i}/log.txt: {line}" for i, line in enumerate(said)]
+    assert "r1: failed: quartet: out of memory, take less (" in out
+
+
+def test_a_child_that_diverges_has_not_failed(children):
+    failed, out = children("say('quartet: r0 has diverged'); sys.exit(3)")
+    assert failed == [] and "[1/1] r0: diverged, seen at step 1" in out
+
+
+def test_a_folder_in_use_is_neither_moved_nor_does_it_stop_the_others(children, tmp_path):
+    folder = tmp_path / "out" / "r0"
+    with lock(str(folder)):
+        (folder / "ckpt.pt").write_text("")
+        failed, out = children("say('hello')", n=2)
+        assert sorted(os.listdir(folder)) == ["ckpt.pt", "lock"]
+    assert len(failed) == 2 and f"{folder} is in use by process {os.getpid()}" in failed[0]
+    assert failed[1].endswith("log.txt: hello") and "r0: failed: " in out
+
+
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+    "stopped(n): a signal comes when n children are ready"
+    sleep = time.sleep
+
+    def stopped(n):
+        def look(seconds):
+            sleep(seconds)
+            if len(list(tmp_path.glob("out/*/ready"))) == n:
+                monkeypatch.setattr(time, "sleep", sleep)
+                os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(time, "sleep", look)
+    return stopped
+
+
+def test_when_the_parent_is_stopped_its_children_save_and_it_says_what_is_left(
+        children, stopped, tmp_path, capfd):
+    stopped(2)
+    with pytest.raises(Stopped):
+        children(STOPS, n=3)
+    assert capfd.readouterr().out.splitlines()[-1] == (
+        "0 of 3 runs have ended; the same command resumes 2 from their checkpoints and begins 1")
+    assert not (tmp_path / "out" / "r2").exists()
+
+
+SLOW_TO_STOP = STOPS.replace("def stop(*a):\n", "def stop(*a):\n    time.sleep(.5)\n")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(children, stopped, monkeypatch, capfd):
+    wait = subprocess.Popen.wait
+
+    def signalled(process, timeout=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", signalled)
+    stopped(2)
+    with pytest.raises(Stopped):
+        children(SLOW_TO_STOP, n=2)
+    assert "resumes 2 from their checkpoints and begins 0" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["tell_outcome", "tell_start"])
+def test_when_nobody_reads_what_the_parent_prints_its_children_save(
+        children, tmp_path, monkeypatch, function):
+    def closed(*args):
+        while not (tmp_path / "out" / "r0" / "ready").exists():
+            time.sleep(.02)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(ablation, function, closed)
+    with pytest.raises(BrokenPipeError):
+        children("if number == 1: sys.exit()\n" + SLOW_TO_STOP, n=2)
+    assert (tmp_path / "out" / "r0" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["after a minute", "at a second signal"])
+def test_children_that_do_not_stop_are_killed(children, stopped, capfd, monkeypatch, again):
+    monkeypatch.setattr(ablation, "STOP_SECONDS", 20 if again else .3)
+    wait = subprocess.Popen.wait
+    processes = []
+
+    def interrupted(process, timeout=None):
+        processes.append(process)
+        if again and timeout:
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    stopped(2)
+    start = time.time()
+    with pytest.raises(Stopped):
+        children(HANGS, n=2)
+    assert time.time() - start < 15
+    assert {process.returncode for process in processes} == {-9}
+    assert "resumes 0 from their checkpoints and begins 2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("visible, n_gpus, device, seen", [
+    (None, 4, "cuda", ["0", "1", "2", "3", "0"]),
+    ("2,3", 2, "cuda", ["2", "3", "2"]),
+    ("GPU-8a, GPU-9b", 2, "cuda", ["GPU-8a", "GPU-9b"]),
+    ("3,1,-1,0", 2, "cuda", ["3", "1", "3"]),
+    ("5", 1, "cuda", ["5", "5"]),
+    ("2,3", 2, "cuda:1", ["2,3", "2,3"]),
+    ("2,3", 2, "cpu", ["2,3"]),
+    (None, 0, "cpu", [None]),
+])
+def test_the_children_share_the_gpus_that_are_visible(monkeypatch, visible, n_gpus, device, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    found = [ablation.child_environment(device, slot, 8) for slot in range(len(seen))]
+    assert [env.get("CUDA_VISIBLE_DEVICES") for env in found] == seen
+
+
+# ---- several at a time: real runs
 
 MINE = """
-import dataclasses, sys, quartet, fp4
+import dataclasses, math, sys, quartet, fp4
+from fp4.emulate import matmul
 from tools import report
 tiny = quartet.PRESETS["tiny"]
 quartet.PRESETS["tiny"] = dataclasses.replace(tiny, n_layer=2, n_embd=64, n_head=1)
 fp4.RECIPES["mine"] = fp4.RECIPES["fp4"]
 fp4.RECIPES["fails"] = fp4.Recipe(method="not there")
+forward, backward = matmul.METHODS[""]
+def nan(x, w, recipe):
+    y, saved = forward(x, w, fp4.Recipe())
+    return y * math.nan, saved
+matmul.METHODS["nan"] = (nan, backward)
+fp4.RECIPES["nan"] = fp4.Recipe(method="nan")
 report.draw_curves = lambda path, runs: path
 sys.exit(quartet.run_cli(sys.argv[1:]))
 """
@@ -360,7 +663,8 @@ def command(corpus, tmp_path_factory):
 
     def command(out, *args):
         first = (sys.executable, script, "--data", corpus, "--out", out, "--batch", 4,
-                 "--seq", 32, "--sample_tokens", 0, "--jobs", 2, "--steps", 40, "--eval_every", 10)
+                 "--seq", 32, "--sample_tokens", 0, "--jobs", 2, "--steps", 40, "--eval_every", 10,
+                 "--size", "tiny", "--device", "cpu")
         return [str(arg) for arg in (*first, *args)]
     return command
 
@@ -370,48 +674,58 @@ def finish(args):
 
 
 @pytest.fixture(scope="module")
-def three_jobs(command, tmp_path_factory):
-    "the folder of three runs, one of which fails, and what the command said"
+def four_jobs(command, tmp_path_factory):
+    "the folder of four runs, one fails and one diverges, and what the command said"
     out = tmp_path_factory.mktemp("jobs")
-    return out, finish(command(out, "--precision", "bf16,fails,mine"))
+    return out, finish(command(out, "--precision", "bf16,fails,nan,mine"))
 
 
-def test_jobs_run_the_script_that_was_started_and_one_that_fails_stops_no_other(three_jobs):
-    out, done = three_jobs
-    assert done.returncode == 2 and "1 of 3 runs failed" in done.stderr
+def test_jobs_run_the_script_that_was_started_and_one_that_fails_stops_no_other(four_jobs):
+    out, done = four_jobs
+    assert done.returncode == 2 and "1 of 4 runs failed" in done.stderr, done.stderr
     assert f"{out}/tiny-fails/log.txt: KeyError: 'not there'" in done.stderr
     names = [line.split(": ")[0].split("] ")[1]
              for line in done.stdout.splitlines() if line.startswith("[")]
-    assert sorted(names) == ["tiny-bf16", "tiny-fails", "tiny-mine"]
-    assert [*table(done.stdout)] == ["bf16", "mine"]
+    assert sorted(names) == ["tiny-bf16", "tiny-fails", "tiny-mine", "tiny-nan"]
+    assert [*table(done.stdout)] == ["bf16", "nan", "mine"]
+    assert table(done.stdout)["nan"]["val loss"] == "diverged"
+    assert "tiny-nan: diverged, seen at step 1" in done.stdout
     assert "2 runs that share the machine" in done.stdout
     assert "step    40/40" in (out / "tiny-mine" / "log.txt").read_text()
     assert not numbered(out)
 
 
-def test_a_killed_parent_takes_its_runs_with_it_and_the_same_command_goes_on(
-        command, three_jobs, tmp_path):
-    args = command(tmp_path, "--precision", "bf16,mine")
-    whole, _ = three_jobs
-    logs = [tmp_path / f"tiny-{precision}" / "log.csv" for precision in ("bf16", "mine")]
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_parent_that_is_stopped_or_killed_takes_its_runs_with_it_and_they_go_on_from_there(
+        command, four_jobs, tmp_path, number):
+    args = command(tmp_path, "--precision", "bf16,mine", "--eval_every", 1000)
+    folders = [tmp_path / f"tiny-{precision}" for precision in ("bf16", "mine")]
 
     def lines():
-        return [path.exists() and len(path.read_text().splitlines()) for path in logs]
+        return [(folder / "log.csv").exists() and len(log(folder)) for folder in folders]
 
-    process = subprocess.Popen(args, env=ENV, stdout=subprocess.DEVNULL)
-    while process.poll() is None and min(lines()) < 20:     # 5 lines before the first step
+    process = subprocess.Popen(args, env=ENV, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and min(lines()) < 2:
         time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(.2)
-    stopped = lines()
-    time.sleep(1)
-    assert lines() == stopped and min(stopped) < 45
-    assert (tmp_path / "tiny-mine" / "ckpt.pt").exists()
-    done = finish(args)
-    assert done.returncode == 0 and not numbered(tmp_path), done.stderr
-    for path in logs:
-        assert log(path.parent) == log(whole / path.parent.name)
+    process.send_signal(number)
+    out, _ = process.communicate()
+    while any((folder / "lock").exists() for folder in folders):
+        time.sleep(.02)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    if number == signal.SIGTERM:
+        assert re.fullmatch(r"\d of 2 runs have ended; the same command resumes \d from their "
+                            "checkpoints and begins 0", out.splitlines()[-1])
+    # A quick run may be at its end by the time that the other has begun.
+    assert min(lines()) < 40
+    for folder, n_lines in zip(folders, lines()):
+        assert len(checkpoint.load(str(folder))["history"]) == n_lines
+    if number == signal.SIGTERM:
+        done = finish(args)
+        assert done.returncode == 0 and not numbered(tmp_path), done.stderr
+        for folder in folders:
+            whole = log(four_jobs[0] / folder.name)
+            assert [row[:2] for row in log(folder)] == [row[:2] for row in whole]
 
 
 def test_the_settings_of_a_run_survive_the_way_through_a_command_line():
@@ -444,35 +758,19 @@ def test_the_first_and_last_blocks_that_are_kept_are_not_quantised_and_name_the_
     assert kept != log(tmp_path / "tiny-fp4-keep_last-1")
 
 
-def test_a_vocabulary_of_another_size_is_another_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "HERE", str(tmp_path))
-    functions = [f"def f{i}(x, y):\n    return x + {i} * y\n\n" for i in range(1500)]
-    (tmp_path / "text.py").write_text("".join(functions))
-    argv = ["--data", str(tmp_path / "text.py"), "--vocab", "300", "--seq", "32"]
-    cfg = quartet.resolve(quartet.parse(argv))
-    data = quartet.open_dataset(cfg)
-    plain = quartet.open_dataset(dataclasses.replace(cfg, vocab=0))
-    assert data.vocab_size == 300 and data.folder.endswith("-300")
-    assert data.folder == plain.folder + "-300" and plain.vocab_size > 300
-    # a folder of token files: the same vocabulary
-    again = dataclasses.replace(cfg, data=data.folder)
-    assert quartet.open_dataset(again).folder == data.folder
-    with pytest.raises(UserError, match="has a vocabulary of 300, not 310"):
-        quartet.open_dataset(dataclasses.replace(again, vocab=310))
-
-
 @pytest.mark.parametrize("args, words", [
-    (["--seeds", "0"], "seeds and jobs must be 1 or more, got 0 and 1"),
-    (["--jobs", "-2"], "seeds and jobs must be 1 or more, got 1 and -2"),
-    (["--keep_first", "-1"], "keep_first must be a number and not negative, got -1"),
+    (["--seeds", "0"], "--seeds 0: must be 1 or more"),
+    (["--jobs", "-2"], "--jobs -2: must be 1 or more"),
+    (["--keep_first", "-1"], "--keep_first -1: must be 0 or more"),
     (["--keep_first", "2", "--keep_last", "1"],
      "tiny has 2 blocks: keep_first 2 and keep_last 1 are more"),
-    (["--vocab", "7"], "a vocabulary of 7 is not possible"),
+    (["--vocab", "7"], "a vocabulary of 7 is not possible: give --vocab between 257 and"),
     (["--precision", "bf16,all"], "precision 'all' is not one of"),
 ])
 def test_a_bad_setting_is_one_sentence(args, words, tmp_path, capsys):
     (tmp_path / "text.py").write_text("x = 1\n" * 900)
-    argv = ["--steps", "1", "--data", str(tmp_path / "text.py"), "--out", str(tmp_path / "out")]
+    argv = ["--steps", "1", "--data", str(tmp_path / "text.py"), "--out", str(tmp_path / "out"),
+            "--size", "tiny", "--device", "cpu"]
     assert quartet.run_cli([*argv, *args]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and errors[0].startswith("quartet: ") and words in errors[0]
@@ -491,7 +789,7 @@ def test_the_ablation_does_not_import_the_trainer_that_imports_it():
 
 def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
     configs = []
-    monkeypatch.setattr(study, "finish", lambda these, *_: configs.extend(these))
+    monkeypatch.setattr(study, "finish", lambda these, *_: (configs.extend(these), None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="there is no finished run"):
         study.main(["--device", "cpu", "--out", str(tmp_path)])
@@ -508,7 +806,7 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_the_study_writes_what_there_is_and_then_says_what_failed(monkeypatch, readme, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(study, "finish", lambda *_: UserError("2 runs failed"))
+    monkeypatch.setattr(study, "finish", lambda *_: ([], UserError("2 runs failed")))
     with pytest.raises(UserError, match="2 runs failed"):
         study.main(["--device", "cpu", "--out", str(tmp_path / "none")])
     written(tmp_path / "some", [6, 5], precision="bf16")

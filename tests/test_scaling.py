@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 import fp4
 import quartet
 from data import prepare
-from data.files import UserError
+from data.files import Stopped, UserError
 from model import PRESETS, Llama, count_params
 from tools import run
 from tools.scaling import __main__ as scaling
@@ -656,7 +657,7 @@ def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
     copy = dict(name="copy", ms=1., terabytes_per_s=3., of_copy=1.)
     for name, value in {
         "measure_if_it_fits": call,     # Collecting garbage 51 times takes most of a minute.
-        "kernels": lambda: [copy],
+        "kernels": lambda _: [copy],
         "where": lambda *_: [],
         "product": lambda *_: dict(ms=1.),
         "linear": fake_linear,
@@ -669,7 +670,7 @@ def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(fp4, "build", lambda: SimpleNamespace(is_compiled=True))
+    monkeypatch.setattr(fp4, "build", lambda gemm: SimpleNamespace(is_compiled=True))
     (tmp_path / "README.md").write_text("<!-- bench --><!-- /bench -->")
     assert writer.main([]) == 0
     bench = speeds.for_gpu(writer.RESULTS)
@@ -775,15 +776,19 @@ def test_the_formula_for_parameters_is_the_models(size):
     assert count_params(preset.n_layer, preset.n_embd) == total - outside
 
 
-def write_log(folder, val=3.5, last=None, steps=5, **settings):
+CORPUS = dict(fingerprint="a" * 16, vocabulary="b" * 16, vocab_size=320)
+
+
+def write_log(folder, val=3.5, last=None, steps=5, corpus=CORPUS, resumed=(), **settings):
     "the log of a run, as quartet.py writes it; the first evaluation has a loss of 3.9"
     defaults = dict(size="tiny", steps=steps, precision="bf16", device="cpu", data="stdlib")
     cfg = quartet.resolve(quartet.Settings(**(defaults | settings)))
     last = last or steps
-    text = run.log_head(vars(cfg), quartet.machine(cfg), "test")
+    text = run.log_head(vars(cfg), "CPU", "test", corpus)
     for step in range(1, last + 1):
         loss_after = {1: 3.9, last: val}.get(step)
         text += run.log_row(run.Step(step, 4., loss_after, 1e-3, 1., 10., 100., "n/a"))
+        text += "".join(run.log_resumed(step, changes) for at, changes in resumed if at == step)
     folder.mkdir(parents=True)
     (folder / "log.csv").write_text(text)
 
@@ -792,14 +797,30 @@ def test_finished_runs_are_collected_and_the_others_are_listed(cli, tmp_path):
     out = tmp_path / "out"
     write_log(out / "a", 3.25, precision="bf16")
     write_log(out / "b", 3.5, precision="fp4", batch=4, seq=256)
-    write_log(out / "c", 3.75, precision="fp4-sr", size="30M", steps=0, tokens=1_400_000, seq=256,
-              last=10)
+    write_log(out / "c", 3.75, precision="fp4-sr", size="30M", steps=None, tokens=1_400_000,
+              seq=256, last=10)
     write_log(out / "interrupted", last=3)
     write_log(out / "nan", float("nan"), batch=2)
     write_log(out / "up", 4.5, batch=1)
     write_log(out / "a.1", 3.3)
+    write_log(out / "lr", precision="fp8", resumed=[(2, dict(lr=[0.1, 0.002]))])
+    write_log(out / "spoilt", precision="nvfp4")
+    with open(out / "spoilt" / "log.csv", "a") as file:
+        file.write(run.log_diverged("a weight is not finite"))
     (out / "other").mkdir()
     (out / "other" / "log.csv").write_text("step,loss\n")
+    (out / "binary").mkdir()
+    (out / "binary" / "log.csv").write_bytes(b"\xff\xfe\0")
+    (out / "folder" / "log.csv").mkdir(parents=True)
+    write_log(out / "zero", precision="mxfp8")
+    text = (out / "zero" / "log.csv").read_text()
+    for name, (old, new) in {
+        "no length": ('"steps": 5', '"steps": null'),
+        "unknown size": ('"size": "tiny"', '"size": "mine"'),
+    }.items():
+        (out / name).mkdir()
+        (out / name / "log.csv").write_text(text.replace(old, new))
+    (out / "zero" / "log.csv").write_text(text.replace('"vocab": null', '"vocab": []'))
     code, text, err = cli("collect", out / "*" / "log.csv")
     rows = list(csv.DictReader(text.splitlines()))
     tiny = str(count_params(4, 128))
@@ -815,6 +836,13 @@ def test_finished_runs_are_collected_and_the_others_are_listed(cli, tmp_path):
         "a.1": "the same run as",
         "up": "diverged: validation loss 3.9 at first, 4.5",
         "other": "not a log of quartet.py",
+        "binary": "not a log of quartet.py (it is not text)",
+        "folder": "[Errno 21] Is a directory",
+        "zero": "not a log of quartet.py (TypeError: vocab is [])",
+        "no length": "not a log of quartet.py",
+        "unknown size": "not a log of quartet.py",
+        "lr": "resumed after step 2 with lr 0.1 -> 0.002",
+        "spoilt": "a weight is not finite",
     }.items():
         assert f"{name}/log.csv: {reason}" in err
     (tmp_path / "runs.csv").write_text(text)
@@ -823,7 +851,7 @@ def test_finished_runs_are_collected_and_the_others_are_listed(cli, tmp_path):
 
 
 def test_a_run_given_in_tokens_has_the_steps_that_were_trained(tmp_path):
-    write_log(tmp_path / "t", size="30M", steps=0, tokens=1_400_000, seq=512, batch=512, last=5)
+    write_log(tmp_path / "t", size="30M", steps=None, tokens=1_400_000, seq=512, batch=512, last=5)
     assert sweep.read_finished(tmp_path / "t" / "log.csv")["tokens"] == 5 * 512 * 512
 
 
@@ -836,13 +864,33 @@ def test_every_precision_has_a_name_in_the_law_and_axes_are_part_of_it():
     assert sweep.method_names(dict(precision="mine")) == ("mine", "mine")
 
 
+def test_a_run_that_was_resumed_longer_or_elsewhere_is_collected(tmp_path):
+    changes = dict(steps=[3, 5], eval_every=[None, 2], device=["cuda", "cpu"], micro=[8, 4])
+    write_log(tmp_path / "a", resumed=[(1, {}), (3, changes)])
+    row = sweep.read_finished(tmp_path / "a" / "log.csv")
+    assert row["tokens"] == 5 * 8 * 256 and row["fingerprint"] == CORPUS["fingerprint"]
+
+
+@pytest.mark.parametrize("part", ["fingerprint", "vocabulary"])
+def test_runs_that_are_known_to_be_of_two_corpora_are_not_mixed(cli, tmp_path, part):
+    write_log(tmp_path / "a")
+    write_log(tmp_path / "b", precision="fp4", corpus=CORPUS | {part: "c" * 16})
+    write_log(tmp_path / "old", precision="fp8", corpus=None)
+    code, out, err = cli("collect", tmp_path / "*" / "log.csv")
+    values = f"{CORPUS[part]} in {tmp_path}/a, {'c' * 16} in {tmp_path}/b"
+    assert code == 2 and not out
+    assert f"differ in their {part} and cannot obey one law: {values}" in err
+    code, out, _ = cli("collect", tmp_path / "a" / "log.csv", tmp_path / "old" / "log.csv")
+    assert code == 0 and len(out.splitlines()) == 3
+
+
 @pytest.mark.parametrize("setting, value", [("data", "python"), ("seq", 128)])
 def test_runs_of_different_corpora_or_lengths_are_not_mixed(cli, tmp_path, setting, value):
     write_log(tmp_path / "a")
     write_log(tmp_path / "b", precision="fp4", **{setting: value})
     code, out, err = cli("collect", tmp_path / "a" / "log.csv", tmp_path / "b" / "log.csv")
     assert code == 2
-    assert f"differ in --{setting}" in err and not out
+    assert f"differ in their {setting} and" in err and not out
 
 
 def test_a_sweep_trains_what_is_not_finished_and_its_runs_are_collected(cli, tmp_path, monkeypatch):
@@ -864,10 +912,19 @@ def test_a_sweep_trains_what_is_not_finished_and_its_runs_are_collected(cli, tmp
     os.remove(logs[0])
     assert cli("sweep", "--out", "law")[0] == 0
     assert len(logs) == 4
+    # A loss that rises can be seen.
+    assert all(len(run.read_log(path).vals) == 2 for path in logs)
     assert [path for path in logs if os.stat(path).st_mtime_ns != written[path]] == logs[:1]
     code, text, _ = cli("collect", "law/*/log.csv")
     assert code == 0
     assert text.count("toy64") == 4 and text.count("QuEST,RTN-absmax") == 2
+
+    # A signal ends the sweep, and not only the run that is being trained.
+    def stopped(cfg):
+        raise Stopped(signal.SIGTERM)
+    monkeypatch.setattr(quartet, "train", stopped)
+    code, _, err = cli("sweep", "--out", "law2")
+    assert code == 143 and err == "scaling: stopped by SIGTERM\n"
 
 
 def test_a_fit_to_runs_of_bf16_and_fp4_alone_can_be_asked_too(cli, tmp_path, monkeypatch):

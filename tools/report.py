@@ -7,10 +7,11 @@ runs with the same seed start from the same weights and see the same batches: wh
 them is mostly the precision, while two seeds may end much further apart.
 """
 import itertools
+import os
 import statistics
 from typing import NamedTuple, Optional
 
-from data.files import atomic_write, atomic_write_text
+from data.files import atomic_write, atomic_write_text, check
 from tools import markdown
 from tools.run import label
 
@@ -23,17 +24,49 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def report(runs, path):
-    """Print the table of these runs and write it to path.csv, their curves to path.svg.
-
-    Returns the table as Markdown.
     """
+    Print the table of these runs and write it to path.csv, their curves to path.svg.
+
+    Returns the table as Markdown, and path.svg or why there is no picture. Raises UserError if the
+    runs are not of one corpus, so that their losses do not compare, and as check_files() does.
+    """
+    check_one_corpus(runs)
+    check_files(path)
     rows = table(runs)
-    body = text(rows, max(run.config.get("jobs", 1) for run in runs))
+    body = text(rows, max(run.config.get("jobs") or 1 for run in runs))
     lines = [",".join(map(csv_field, line)) + "\n" for line in (Row._fields, *rows)]
     atomic_write_text(path + ".csv", "".join(lines))
     picture = draw_curves(path + ".svg", histories_by_label(runs))
     print(f"\n{body}\n\n{path}.csv, curves: {picture}")
-    return body
+    return body, picture
+
+
+def check_one_corpus(runs):
+    """Raises UserError if two runs are known to be of different corpora or vocabularies."""
+    for part in ("fingerprint", "vocabulary", "vocab_size"):
+        names = {run.corpus[part]: run.config["name"] for run in runs if part in run.corpus}
+        values = ", ".join(f"{value} in {name}" for value, name in names.items())
+        check(len(names) < 2, f"these runs are of different corpora and cannot stand in one table: "
+                              f"{part} {values}")
+
+
+def check_files(path):
+    """Raises UserError if path.csv is not an earlier table, or path.svg a picture without one."""
+    if is_table(path + ".csv"):
+        return
+    for name in (path + ".csv", path + ".svg"):
+        check(not os.path.lexists(name),
+              f"{name} is not of an earlier table, and would be replaced: choose another --name")
+
+
+def is_table(path):
+    """Does a file begin like one that report() has written?"""
+    beginning = ",".join(Row._fields).encode()
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
 def csv_field(value):
@@ -103,7 +136,7 @@ def make_row(name, seeds, base, fp4):
     if seeds is not base:
         to_base = paired_gap(good, base, -1)
         to_base_early = paired_gap(good, base, 0)
-        if seeds is not fp4:
+        if fp4 not in (seeds, base):
             to_fp4 = paired_gap(good, fp4, -1)
     return Row(
         run=name,
@@ -119,7 +152,7 @@ def make_row(name, seeds, base, fp4):
         first=next((step.step for step in steps if step.val is not None), 0),
         early=to_base_early.mean,
         early_error=to_base_early.error,
-        tokens_per_s=statistics.median(step.tokens_per_s for step in steps),
+        tokens_per_s=statistics.median([step.tokens_per_s for step in steps] or [0]),
         memory=next((run.memory for run in seeds.values() if run.memory), ""),
     )
 

@@ -8,7 +8,8 @@ with several seeds; then the most promising variants again, four times as long.
 
 Runs go seed by seed, so that what is there at any time can be compared, and the long ones first.
 What is worth keeping of their logs, which is the head and the evaluated steps, goes to study.csv.
-The third command makes the tables from finished runs alone.
+The third command makes the tables from finished runs alone. `python quartet.py --help` lists the
+flags.
 """
 import glob
 import os
@@ -16,16 +17,31 @@ import shutil
 import sys
 import textwrap
 
+from data.files import UserError, atomic_write_text, check
+from tools import cli
+
+
+def answer_help(argv):
+    """Answer --help at once: quartet.py, which knows the flags, takes seconds to import."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__.strip())
+        sys.exit()
+
+
+if __name__ == "__main__":
+    cli.start(answer_help, "study", "tools.study")
+
 import torch
 
 import quartet
-from data.files import UserError, atomic_write_text, check
 from fp4.recipes import RECIPES
 from model import PRESETS, count_params
 from tools.ablation import compare, finish
 from tools.markdown import replaced
-from tools.report import by_label, draw_gap, histories_by_label, report
-from tools.run import label, parse_log, split_logs, thin_log
+from tools.report import (NO_PICTURE, by_label, check_one_corpus, draw_gap, histories_by_label,
+                          report)
+from tools.run import (LENGTHS, label, parse_log, read_text, resumed_otherwise, split_logs,
+                       thin_log)
 
 # Three seeds of 25 tokens a parameter, because longer runs tell more than more seeds do: at 10
 # tokens a parameter, the seeds of bf16 ended 0.2 apart.
@@ -55,7 +71,6 @@ WITHOUT_GPU = "--precision bf16,fp4 --size tiny"
 
 # Only runs that agree in these settings can stand in one study.
 SHARED = ("size", "data", "vocab", "seq", "batch", "lr", "dtype")
-LENGTH = ("steps", "tokens", "tokens_per_param")
 GAP = ("bf16", "fp4")                   # the two rows of gap.svg
 HERE = os.path.dirname(os.path.abspath(__file__))
 PICTURES = HERE
@@ -75,14 +90,12 @@ def main(argv):
             compare_without_gpu(argv)
             return
         out, configs = study_runs(argv)
-        failure = finish(configs, quartet.train, quartet.__file__)
+        _, failure = finish(configs, quartet.train, quartet.__file__)
         files = glob.glob(os.path.join(out, "*", "log.csv"))
     try:
         logs = finished_logs(files)
-    except (UserError, ValueError) as error:
-        if failure is None:
-            failure = UserError(str(error))
-        raise failure
+    except UserError as error:
+        raise failure or error
     write_results(logs)
     if failure:
         raise failure
@@ -106,7 +119,7 @@ def study_runs(argv):
     for command in commands:
         settings = quartet.parse([*STUDY.split(), *command.split(), *argv])
         configs |= dict.fromkeys(quartet.expand_runs(settings))
-    return settings.out, sorted(configs, key=lambda cfg: (cfg.seed, -cfg.tokens_per_param))
+    return settings.out, sorted(configs, key=lambda cfg: (cfg.seed, -(cfg.tokens_per_param or 0)))
 
 
 # ---- what is kept
@@ -114,24 +127,36 @@ def study_runs(argv):
 def finished_logs(paths):
     """The logs of the finished runs in these files, thinned, in the order of the recipes.
 
-    Of several runs of one name the last counts. Raises UserError when there is none, or when they
-    differ in a setting that they have to share.
+    Of several runs of one name the last counts. What is no log is left out, which is said. Raises
+    UserError when there is no run, or when they differ in what they have to share.
     """
     kept = {}
     for path in paths:
-        with open(path) as file:
-            logs = split_logs(file.read())
-        for log in logs:
-            run = parse_log(log)
-            if run.ended and not is_set_aside(path, run):
-                # The tables are made of what is kept, so that study.csv alone gives the same.
-                kept[run.config["name"]] = thin_log(log)
+        try:
+            logs = split_logs(read_text(path))
+            check(logs, "not a log of quartet.py")
+            # The tables are made of what is kept, so that study.csv alone gives the same.
+            kept |= {name: thin_log(log) for name, log in finished(path, logs)}
+        except (UserError, OSError, ValueError) as error:
+            print(f"left out: {path}: {error}")
     check(kept, "there is no finished run")
-    configs = [parse_log(log).config for log in kept.values()]
+    runs = [parse_log(log) for log in kept.values()]
     for setting in SHARED:
-        values = sorted({str(config.get(setting)) for config in configs})
+        values = sorted({str(run.config.get(setting) or "default") for run in runs})
         check(len(values) == 1, f"these runs differ in --{setting}: {', '.join(values)}")
+    check_one_corpus(runs)
     return sorted(kept.values(), key=place_in_table)
+
+
+def finished(path, logs):
+    """Yields (name, log) of the logs in a file that are of finished runs."""
+    for log in logs:
+        run = parse_log(log)
+        otherwise = resumed_otherwise(run)
+        if otherwise:
+            print(f"left out: {path}: {', '.join(otherwise)}")
+        elif run.ended and not is_set_aside(path, run):
+            yield run.config["name"], log
 
 
 def is_set_aside(path, run):
@@ -149,7 +174,7 @@ def by_length(runs):
     """[runs of one length, ...], the shortest first: only runs of one length can be compared."""
     lengths = {}
     for run in runs:
-        length = tuple(run.config.get(setting) for setting in LENGTH)
+        length = tuple(run.config.get(setting) or 0 for setting in LENGTHS)
         lengths.setdefault(length, []).append(run)
     return [lengths[length] for length in sorted(lengths)]
 
@@ -180,10 +205,11 @@ def make_section(runs, name):
              f"`{run.config['data']}`, {run.config['vocab'] or 4096:,} in the vocabulary; "
              f"{run.device}; {run.date}.")
     about = textwrap.fill(about, 100, break_long_words=False, break_on_hyphens=False)
-    body = report(runs, os.path.join("out", name))
-    picture = f"{name}.svg"
-    shutil.copyfile(os.path.join("out", picture), os.path.join(PICTURES, picture))
-    return f"{about}\n\n![curves]({picture})\n\n{body}"
+    body, picture = report(runs, os.path.join("out", name))
+    if picture == NO_PICTURE:
+        return f"{about}\n\n{body}"
+    shutil.copyfile(picture, os.path.join(PICTURES, f"{name}.svg"))
+    return f"{about}\n\n![curves]({name}.svg)\n\n{body}"
 
 
 def draw_longest(runs):

@@ -1,11 +1,12 @@
 """
 Trains a sweep for a law of your own, and collects finished runs as the input of the fit.
 
-`sweep` trains sizes x tokens x (bf16, fp4) with quartet.py. If it is interrupted, it continues with
-the first run that is not finished. On a GPU it is a small real sweep; on a CPU it is a toy of
+`sweep` trains sizes x tokens x (bf16, fp4) with quartet.py. If it is interrupted, the same command
+goes on with what is missing. On a GPU it is a small real sweep; on a CPU it is a toy of
 minutes, with a law of its own that its intervals call uncertain. `collect` turns the logs of
 finished runs into a file that the fit reads.
 """
+import dataclasses
 import glob
 import math
 import os
@@ -14,11 +15,12 @@ from types import SimpleNamespace
 import torch
 
 import quartet
-from data import prepare
+from data import prepare, signals
 from data.files import check
 from fp4.recipes import AXES
 from model import PRESETS, Preset, count_params
-from tools.run import read_log
+from tools.ablation import finish
+from tools.run import HARMLESS, LENGTHS, read_log, resumed_otherwise
 from tools.scaling.runs import COLUMNS
 
 # Sizes below tiny: with one layer and a small vocabulary, size matters within minutes.
@@ -44,6 +46,8 @@ SWEEPS = {
         ("--batch", "256", "--compile"),
     ),
 }
+# What a log says of its corpus; nothing in an older one.
+CORPUS = ("fingerprint", "vocabulary")
 # Rows of fp4/recipes.py in the words of the authors' runs: (forward, backward). Any other row is a
 # method of its own, forward and backward.
 METHODS = {
@@ -53,7 +57,8 @@ METHODS = {
     "fp4-fwd": ("QuEST", "BF16"),
     "fp4-bwd": ("BF16", "RTN-absmax"),
 }
-STOPPED_BY_CTRL_C = 130                 # an exit code of quartet.run_cli
+# A run may be resumed with these changed and still obey the law of its size and length.
+MAY_CHANGE = (*LENGTHS, *HARMLESS)
 
 
 class Unfinished(Exception):
@@ -66,8 +71,8 @@ def sweep(out, data=""):
     """
     Trains what is missing of the sweep for this machine, in folders under `out`.
 
-    data is a corpus of quartet.py, in place of the sweep's own. Raises UserError when the sweep is
-    stopped.
+    data is a corpus of quartet.py, in place of the sweep's own. A run that was interrupted goes on
+    from its checkpoint.
     """
     on_gpu = torch.cuda.is_available()
     sizes, budgets, corpus, vocab, flags = SWEEPS["cuda" if on_gpu else "cpu"]
@@ -78,41 +83,29 @@ def sweep(out, data=""):
         data = corpus
         if vocab:
             data = prepare.prepare(corpus, vocab, out=os.path.join(out, "corpus"))
-    for budget in budgets:
-        for size in sizes:
-            for precision in ("bf16", "fp4"):
-                train_run(out, size, precision, budget, data, flags)
+    configs = [settings_of_run(out, size, precision, budget, data, flags)
+               for budget in budgets for size in sizes for precision in ("bf16", "fp4")]
+    with signals.become_exceptions():
+        finish(configs, quartet.train, quartet.__file__)
 
 
-def train_run(out, size, precision, budget, data, flags):
-    """Trains one run on `budget` tokens, unless it is finished."""
-    name = f"{size}-{precision}-{budget / 1e6:.3g}M"
-    log_path = os.path.join(out, name, "log.csv")
-    if is_finished(log_path):
-        return
-    code = quartet.run_cli([
+def settings_of_run(out, size, precision, budget, data, flags):
+    """The settings of the run on `budget` tokens. It is evaluated half way and at the end: a loss
+    that rises in between has diverged."""
+    cfg = quartet.resolve(quartet.parse([
         "--size", size,
         "--precision", precision,
         "--tokens", f"{budget:.0f}",
         "--out", out,
-        "--name", name,
+        "--name", f"{size}-{precision}-{budget / 1e6:.3g}M",
         "--data", data,
-        "--eval_every", "1000000",      # This leaves the first and the last evaluation.
         *flags,
-    ])
-    check(code != STOPPED_BY_CTRL_C and os.path.exists(log_path),
-          f"stopped at {name}; the same command continues there")
+    ]))
+    steps = quartet.n_steps(cfg, n_params=0)    # Of no interest, as the tokens are given.
+    return dataclasses.replace(cfg, eval_every=max(1, steps // 2))
 
 
 # ---- collecting
-
-def is_finished(log_path):
-    try:
-        read_finished(log_path)
-    except Unfinished:
-        return False
-    return True
-
 
 def read_finished(log_path):
     """Returns a log.csv as a row of the fit's input. Raises Unfinished where it cannot be one."""
@@ -121,9 +114,17 @@ def read_finished(log_path):
         steps, row = describe_run(log.config)
     except (OSError, ValueError) as error:
         raise Unfinished(str(error))
-    except (KeyError, TypeError, AttributeError) as error:      # A setting is missing in the log.
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # A setting is missing in the log, or has a value that was never possible.
         raise Unfinished(f"not a log of quartet.py ({type(error).__name__}: {error})")
 
+    otherwise = resumed_otherwise(log, MAY_CHANGE)
+    if otherwise:
+        raise Unfinished(", ".join(otherwise))
+    if log.divergence:
+        raise Unfinished(log.divergence)
+    if row["tokens"] <= 0:
+        raise Unfinished("not a log of quartet.py (it does not tell how long the run is)")
     done = log.history[-1].step if log.history else 0
     if done < steps:
         raise Unfinished(f"ended at step {done} of {steps}: interrupted or diverged")
@@ -134,6 +135,8 @@ def read_finished(log_path):
         raise Unfinished(f"diverged: validation loss {first} at first, {last} at the end")
     row["loss"] = last
     row["run"] = os.path.dirname(log_path)
+    for part in CORPUS:
+        row[part] = log.corpus.get(part, "")
     return row
 
 
@@ -203,14 +206,14 @@ def collect(patterns):
         folder_of_run[kind] = row["run"]
         rows.append(row)
     check(rows, f"there is no finished run: {'; '.join(left_out)}")
-    check_same(rows, "data")
-    check_same(rows, "seq")
+    for column in ("data", "seq", *CORPUS):
+        check_same(rows, column)
     return rows, left_out
 
 
-def check_same(rows, setting):
-    """Raises UserError if the runs differ in a setting that changes what a loss means."""
-    folder_of_value = {row[setting]: row["run"] for row in rows}
+def check_same(rows, column):
+    """Raises UserError if the runs are known to differ in what changes the meaning of a loss."""
+    folder_of_value = {row[column]: row["run"] for row in rows if row[column] != ""}
     values = ", ".join(f"{value} in {folder}" for value, folder in folder_of_value.items())
-    check(len(folder_of_value) == 1,
-          f"these runs differ in --{setting} and cannot obey one law: {values}")
+    check(len(folder_of_value) < 2,
+          f"these runs differ in their {column} and cannot obey one law: {values}")
