@@ -61,8 +61,8 @@ class Preset:
     lr: float                           # peak learning rate
     batch: int = 512                    # sequences in a step
     seq: int = 512                      # tokens in a sequence
-    steps: int = 0                      # length of a run, or 0: by tokens_per_param
-    tokens_per_param: float = 25
+    steps: int | None = None            # length of a run; None: by tokens_per_param
+    tokens_per_param: float | None = 25
     data: str = "python"
 
     def model_config(self, vocab_size, block_size):
@@ -71,7 +71,7 @@ class Preset:
 
 # tiny and 3M are ours, the others are the paper's (Table 4, and main_setup.sh of its code).
 PRESETS = {
-    "tiny": Preset(4, 128, 2, lr=2e-3, batch=8, seq=256, steps=350, tokens_per_param=0,
+    "tiny": Preset(4, 128, 2, lr=2e-3, batch=8, seq=256, steps=350, tokens_per_param=None,
                    data="stdlib"),
     "3M": Preset(3, 256, 4, lr=2e-3, batch=128, seq=256),
     "30M": Preset(6, 640, 5, lr=1.2e-3),
@@ -224,11 +224,15 @@ class Llama(nn.Module):
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=0.8, top_k=50, generator=None):
         """idx [1, T] -> [1, T + n_tokens]: one token after the other, drawn from the top_k most
-        likely. Nothing is cached, so each token costs a whole forward pass."""
+        likely. Nothing is cached, so each token costs a whole forward pass.
+
+        Raises ValueError when the logits are not finite."""
         for _ in range(n_tokens):
             context = idx[:, -self.config.block_size:]
             logits = self(context)[:, -1] / temperature
             values, tokens = logits.topk(min(top_k, logits.shape[-1]))
+            if not values.isfinite().all():
+                raise ValueError("the logits are not finite")
             choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, tokens.gather(-1, choice)), dim=1)
         return idx

@@ -11,76 +11,89 @@ A run leaves log.csv, curve.svg and ckpt.pt in out/NAME.
 
 Read from top to bottom: settings, schedule and evaluation, one run, sampling, main.
 """
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from data.files import UserError, atomic_write_text, check
+from data import signals
+from data.files import UserError, check
 from fp4.recipes import AXES, RECIPES, recipe
-from tools import cli, run              # the command line; the files of a run
+from tools import cli, run              # the command line; the log and the lock of a run
 from tools.cli import flag
+
+MAX_RUNS = 10_000                       # of one command line
+MAX_STEPS = 2 ** 31
+CHECKPOINT_SECONDS = 15 * 60            # A run that is killed loses no more than that.
 
 
 # ---- settings
 
 def axis_flag(axis):
     """A flag that changes the precision's row for one run."""
-    return flag("", "changes the row: " + " | ".join(AXES[axis]))
+    return flag(None, "changes the row: " + " | ".join(AXES[axis]))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every flag of the command line: its type, its default and its meaning."""
+    """Every flag of the command line: its type, default, meaning and bounds. None: not given."""
 
     # Which products are quantised, and how. A comma list makes an ablation.
-    precision: str = flag("fp4", "a row of fp4/recipes.py; a comma list, or all, trains each")
-    keep_first: int = flag(0, "number of blocks at the beginning that are not quantised")
-    keep_last: int = flag(0, "number of blocks at the end that are not quantised")
+    precision: str = flag("fp4", " | ".join(RECIPES) + "; a comma list, or all, trains each")
+    keep_first: int = flag(0, "number of blocks at the beginning that are not quantised", least=0)
+    keep_last: int = flag(0, "number of blocks at the end that are not quantised", least=0)
 
     # The model and its data.
-    size: str = flag("", "a row of PRESETS in model.py; default: tiny on a CPU, 30M on a GPU")
-    data: str = flag("", "stdlib | python | shakespeare | fineweb | c4 | a text file | a folder; "
-                         "default: python, for tiny stdlib")
-    vocab: int = flag(0, "entries of the vocabulary that is made for the corpus; "
-                         "default: 4096, for c4 32768")
+    size: str = flag(None, "tiny | 3M | 30M | 50M | 100M | 200M | 430M | 800M | 1600M | 3200M | "
+                           "7B; default: tiny on a CPU, 30M on a GPU")
+    data: str = flag(None, "stdlib | python | shakespeare | fineweb | c4 | a text file | a folder; "
+                           "default: python, for tiny stdlib")
+    vocab: int = flag(None, "entries of the vocabulary that is made for the corpus; "
+                            "default: 4096, for c4 32768", least=1)
 
     # Batch, length and optimizer.
-    seq: int = flag(0, "tokens in a sequence; default: 512, for tiny and 3M 256")
-    batch: int = flag(0, "sequences in a step; default: 512, for tiny 8, for 3M 128")
-    micro: int = flag(0, "sequences in a microbatch; default: by size")
-    steps: int = flag(0, "length of the run in steps; default: 350 for tiny")
-    tokens: int = flag(0, "length of the run in tokens")
-    tokens_per_param: float = flag(0, "length of the run in tokens per parameter; default: 25")
-    lr: float = flag(0, "peak learning rate; default: the paper's for the size")
-    weight_decay: float = flag(0.1, "weight decay of the linear layers inside the blocks")
-    clip: float = flag(1.0, "largest norm of the gradient")
-    seed: int = flag(0, "seed of weights, batches, rotations and rounding")
-    seeds: int = flag(1, "number of seeds to train with, from --seed on")
+    seq: int = flag(None, "tokens in a sequence; default: 512, for tiny and 3M 256", least=1)
+    batch: int = flag(None, "sequences in a step; default: 512, for tiny 8, for 3M 128", least=1)
+    micro: int = flag(None, "sequences in a microbatch; default: by size", least=1)
+    steps: int = flag(None, "length of the run in steps; default: 350 for tiny", least=1)
+    tokens: int = flag(None, "length of the run in tokens", least=1)
+    tokens_per_param: float = flag(None, "length of the run in tokens per parameter; default: 25",
+                                   least=0, most=1_000_000)
+    lr: float = flag(None, "peak learning rate; default: the paper's for the size", least=0)
+    weight_decay: float = flag(0.1, "weight decay of the linear layers inside the blocks", least=0)
+    clip: float = flag(1.0, "largest norm of the gradient; 0: any", least=0)
+    seed: int = flag(0, "seed of weights, batches, rotations and rounding", least=0)
+    seeds: int = flag(1, "number of seeds to train with, from --seed on", least=1)
 
     # Files.
-    jobs: int = flag(1, "of several runs, how many train at a time, each with its log.txt")
-    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; "
-                              "default: a tenth of the run")
+    jobs: int = flag(1, "of several runs, how many train at a time, each with its log.txt",
+                     least=1, most=1024)
+    eval_every: int = flag(None, "steps between evaluations, each with a checkpoint; "
+                                 "default: a tenth of the run", least=1)
+    keep: int = flag(2, "number of checkpoints that are kept, the newest as ckpt.pt", least=1)
     out: str = flag("out", "folder of all runs")
-    name: str = flag("", "folder of this run; default: SIZE-PRECISION")
-    resume: bool = flag(False, "continue from the run's checkpoint, on a CPU bit for bit")
-    discard: bool = flag(False, "remove the checkpoint when the run is finished")
+    name: str = flag(None, "folder of this run; default: SIZE-PRECISION")
+    resume: bool = flag(False, "continue from the run's checkpoint, if there is one, with its "
+                               "settings; on a CPU bit for bit")
+    allow_changes: bool = flag(False, "with --resume: go on although a setting differs that makes "
+                                      "another run")
+    discard: bool = flag(False, "remove the checkpoints when the run is finished")
 
     # The machine.
     compile: bool = flag(None, "compile the model with torch.compile; default: on a GPU")
-    gemm: str = flag("fp8", "how a Blackwell GPU multiplies FP4: fp8 | own | library "
-                            "(own: our kernel on its FP4 units; library: NVIDIA's)")
-    device: str = flag("", "cpu | cuda; default: a GPU if there is one")
-    dtype: str = flag("", "of activations: bfloat16 | float32; default: float32 on a CPU")
+    gemm: str = flag("auto", "which product a GPU multiplies FP4 with: auto | fp8 | bf16 | fp32 | "
+                             "own | library (fp4/README.md)")
+    device: str = flag(None, "cpu | cuda | cuda:1 ...; default: a GPU if there is one")
+    dtype: str = flag(None, "of activations: bfloat16 | float32; default: float32 on a CPU")
 
     # Sampling.
-    sample: str = flag("", "do not train: continue this text with the run's checkpoint")
-    sample_tokens: int = flag(200, "length of a sample in tokens")
+    sample: str = flag(None, "do not train: continue this text with the run's checkpoint")
+    sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
 
     # Changes to the precision's row, which fp4/recipes.py explains: five columns, with one value or
     # three for forward:dgrad:wgrad, and three products to switch on or off. A comma list makes an
@@ -93,6 +106,10 @@ class Settings:
     forward: str = axis_flag("forward")
     dgrad: str = axis_flag("dgrad")
     wgrad: str = axis_flag("wgrad")
+
+    @property
+    def folder(self):
+        return os.path.join(self.out, self.name)
 
 
 def parse(argv):
@@ -109,22 +126,16 @@ import torch
 from tqdm import tqdm
 
 import fp4                              # the quantised linear layer
-from data import prepare, tokenizer, tokens
-from model import PRESETS, Llama        # the model; it knows nothing of training
-
-# Dense BF16 TFLOP/s by the vendors' datasheets. The first name that the GPU's name contains counts.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362, "L4": 121,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
-}
+from data import tokens
+from data.corpus import open_corpus
+from data.tokenizer import vocabulary_from_state
+from fp4.backend import GEMMS
+from model import PRESETS, Llama, count_params
+from tools import checkpoint, machine
 
 
 def resolve(settings):
     """The settings of one run, checked, with the defaults that depend on others filled in."""
-    for name, value in vars(settings).items():
-        is_number = isinstance(value, (int, float))
-        check(not is_number or 0 <= value < math.inf,
-              f"{name} must be a number and not negative, got {value}")
     device = resolve_device(settings.device)
     size = settings.size or ("tiny" if device == "cpu" else "30M")
     check(size in PRESETS, f"size {size!r} is not one of {', '.join(PRESETS)}")
@@ -135,14 +146,15 @@ def resolve(settings):
     recipe_of(settings)
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     check(dtype in ("bfloat16", "float32"), f"dtype {dtype!r} is not bfloat16 or float32")
-    check(settings.gemm in ("fp8", "own", "library"),
-          f"gemm {settings.gemm!r} is not fp8, own or library")
+    check(settings.gemm in GEMMS, f"gemm {settings.gemm!r} is not one of {', '.join(GEMMS)}")
+    check(device != "cpu" or settings.gemm == "auto", "gemm chooses among the products of a GPU")
+    check(settings.lr is None or settings.lr > 0, "lr 0 would train nothing: give more")
 
     batch = settings.batch or preset.batch
     micro = settings.micro or default_microbatch(batch, preset.n_embd)
     check(batch % micro == 0,
           f"batch {batch} does not divide into microbatches of {micro} sequences")
-    lengths = [name for name in ("steps", "tokens", "tokens_per_param") if getattr(settings, name)]
+    lengths = [name for name in run.LENGTHS if getattr(settings, name) is not None]
     check(len(lengths) <= 1, f"give only one of {' and '.join(lengths)}")
     if not lengths:
         settings = dataclasses.replace(
@@ -156,17 +168,37 @@ def resolve(settings):
         micro=micro,
         seq=settings.seq or preset.seq,
         lr=settings.lr or preset.lr,
-        data=settings.data or preset.data,
+        data=preset.data if settings.data is None else settings.data,
         compile=device != "cpu" if settings.compile is None else settings.compile,
-        name=settings.name or f"{size}-{run.label(vars(settings))}",
+        name=folder_name(settings, size),
     )
 
 
 def resolve_device(device):
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check(device.split(":")[0] in ("cpu", "cuda"), f"device {device!r} is not cpu or cuda")
-    check(device == "cpu" or torch.cuda.is_available(), "device cuda: torch sees no GPU here")
+    is_usable = torch.cuda.is_available() and not machine.unusable_gpu()
+    if device is None:
+        return "cuda" if is_usable else "cpu"
+    is_known = re.fullmatch(r"cpu|cuda(:\d{1,3})?", device)
+    check(is_known, f"device {device!r} is not cpu, cuda or cuda:NUMBER")
+    if device == "cpu":
+        return device
+    check(is_usable, f"device {device}: {machine.unusable_gpu() or 'torch sees no GPU here'}")
+    n_gpus = torch.cuda.device_count()
+    check(int(device[5:] or 0) < n_gpus, f"device {device}: there are {n_gpus} GPUs, from 0 on")
     return device
+
+
+def folder_name(settings, size):
+    """The name of the run's folder, checked; by default SIZE-PRECISION."""
+    out, name = settings.out, settings.name
+    if name is None:
+        name = f"{size}-{run.label(vars(settings))}"
+    # Bytes of another encoding than UTF-8 are not printable either.
+    is_a_name = name.isprintable() and name == os.path.basename(name)
+    check(is_a_name and name not in ("", ".", "..") and len(name.encode()) <= 200,
+          f"name {name!r} is not the name of a folder: give a short one without /")
+    check(out and out.isprintable(), f"out {out!r} is not the path of a folder")
+    return name
 
 
 def default_microbatch(batch, n_embd):
@@ -177,7 +209,7 @@ def default_microbatch(batch, n_embd):
 
 def recipe_of(cfg):
     """The row of the table that the settings name, with the columns that they change."""
-    axes = {axis: getattr(cfg, axis) for axis in AXES if getattr(cfg, axis)}
+    axes = {axis: getattr(cfg, axis) for axis in AXES if getattr(cfg, axis) is not None}
     try:
         return recipe(cfg.precision, **axes)
     except ValueError as error:
@@ -186,7 +218,7 @@ def recipe_of(cfg):
 
 def n_steps(cfg, n_params):
     """Length of a run in steps; cfg gives it in steps, in tokens or in tokens per parameter."""
-    n_tokens = cfg.tokens or cfg.tokens_per_param * n_params
+    n_tokens = cfg.tokens or (cfg.tokens_per_param or 0) * n_params
     return cfg.steps or int(n_tokens // (cfg.batch * cfg.seq))
 
 
@@ -205,35 +237,16 @@ def lr_at(step, steps, peak):
     return lowest + (peak - lowest) * (1 + math.cos(math.pi * distance)) / 2
 
 
-class Dataset(NamedTuple):
-    train: list                         # of memory-mapped token files
-    val: list
-    vocab_size: int
-    folder: str
-
-
-def open_dataset(cfg):
-    """The corpus of the run, made first if it is not there."""
-    folder = prepare.prepare(cfg.data, cfg.vocab)
-    train_pattern, val_pattern = prepare.files(folder)
-    train_shards = tokens.open_tokens(train_pattern)
-    val_shards = tokens.open_tokens(val_pattern)
-    vocab_size = tokenizer.vocab_size(folder, train_shards)
-    # A corpus that is too short for one sequence is refused here, before anything is written.
-    tokens.batch(train_shards, 0, 1, cfg.seq, cfg.seed, vocab_size)
-    return Dataset(train_shards, val_shards, vocab_size, folder)
-
-
 def to_device(batch, device):
     return [torch.from_numpy(array).to(device, non_blocking=True) for array in batch]
 
 
 @torch.no_grad()
-def evaluate(forward, data, cfg):
+def evaluate(forward, corpus, cfg):
     """Mean loss over every token of the validation set, in a fixed order."""
     total = 0
     count = 0
-    for batch in tokens.val_batches(data.val, cfg.micro, cfg.seq, data.vocab_size):
+    for batch in tokens.val_batches(corpus.val, cfg.micro, cfg.seq):
         x, y = to_device(batch, cfg.device)
         n_targets = int((y >= 0).sum())
         total += forward(x, y).double() * n_targets
@@ -250,12 +263,19 @@ def build_model(cfg, vocab_size):
         # In an ablation one run follows another, and torch keeps only 8 compiled versions.
         torch.compiler.reset()
     model_recipe = recipe_of(cfg)
-    backend = fp4.build(cfg.gemm) if model_recipe.has_kernels else None
+    backend = build_kernels(cfg.gemm) if model_recipe.has_kernels else None
     padded_vocab = 64 * math.ceil(vocab_size / 64)      # Matrix units are faster on such sizes.
     config = PRESETS[cfg.size].model_config(padded_vocab, cfg.seq)
     dtype = getattr(torch, cfg.dtype)
     model = Llama(config, model_recipe, dtype, cfg.keep_first, cfg.keep_last, backend)
     return model.to(cfg.device)
+
+
+def build_kernels(gemm):
+    try:
+        return fp4.build(gemm)
+    except ValueError as error:         # This GPU does not have that product.
+        raise UserError(str(error))
 
 
 def build_optimizer(model, cfg):
@@ -270,34 +290,57 @@ def build_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def train(cfg):
-    """Train one model. What came out is in log.csv and ckpt.pt of its folder."""
-    folder = os.path.join(cfg.out, cfg.name)
-    log_path = os.path.join(folder, "log.csv")
-    checkpoint_path = os.path.join(folder, "ckpt.pt")
-    state = run.load_checkpoint(checkpoint_path) if cfg.resume else None
-    data = open_dataset(cfg)
-    model = build_model(cfg, data.vocab_size)
-    steps = n_steps(cfg, model.config.n_params)
-    tokens_per_step = cfg.batch * cfg.seq
-    check(steps > 0, f"the run is shorter than one step of {tokens_per_step:,} tokens")
-    eval_every = cfg.eval_every or max(1, steps // 10)
-    optimizer = build_optimizer(model, cfg)
+@contextlib.contextmanager
+def errors_in_words(cfg):
+    """Makes a UserError of what torch says when memory runs out or a GPU does not answer."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        sentence = machine.cuda_error(error)
+        if machine.is_out_of_memory(error):
+            sentence = machine.out_of_memory(error, cfg.batch, cfg.micro, cfg.seq, cfg.device)
+        if not sentence:
+            raise
+        raise UserError(sentence)
 
-    if state:
-        history = run.restore_checkpoint(state, cfg, model, optimizer)
-    else:
-        history = []
-        run.set_aside(folder)           # An earlier run of this name is kept.
-    start_log(log_path, cfg, model, history)
-    announce(cfg, model, steps)
+
+def train(cfg):
+    """Train one model. What came out is in log.csv and ckpt.pt of its folder.
+
+    Raises UserError for a mistake, run.Diverged when a number is no longer finite, and Stopped or
+    KeyboardInterrupt when a signal has stopped it after a step.
+    """
+    corpus = open_corpus(cfg.data, cfg.vocab)
+    # A corpus that is too short for one sequence is refused before anything is written.
+    tokens.check_long_enough(corpus.train, cfg.seq)
+    with errors_in_words(cfg):
+        model = build_model(cfg, corpus.vocabulary.size)
+        optimizer = build_optimizer(model, cfg)
+        steps = n_steps(cfg, model.config.n_params)
+        check(steps > 0, f"the run is shorter than one step of {cfg.batch * cfg.seq:,} tokens")
+        check(steps <= MAX_STEPS, f"the run has more than {MAX_STEPS:,} steps: give fewer tokens")
+        if not cfg.resume:
+            run.set_aside(cfg.folder)   # An earlier run of this name is kept.
+        with run.lock(cfg.folder):
+            history = begin(cfg, corpus, model, optimizer)
+            announce(cfg, model, steps)
+            train_steps(cfg, corpus, model, optimizer, history, steps)
+            finish(cfg, model, corpus, history)
+
+
+def train_steps(cfg, corpus, model, optimizer, history, steps):
+    """The training loop: from the first step that is not in history to the last."""
+    n_micro = cfg.batch // cfg.micro
+    eval_every = cfg.eval_every or max(1, steps // 10)
     on_gpu = cfg.device != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(cfg.device)
-
     forward = torch.compile(model, fullgraph=True) if cfg.compile else model
     fp4.quantize_weights(model)
-    with open(log_path, "a", buffering=1) as log, progress_bar(cfg, steps, history) as bar:
+    saved_at = time.monotonic()
+    log = open(log_path(cfg), "a", buffering=1)
+    bar = progress_bar(cfg, steps, history)
+    with log, bar, signals.BetweenSteps() as stop:
         for step in range(len(history), steps):
             start = time.perf_counter()
             lr = lr_at(step, steps, cfg.lr)
@@ -306,19 +349,21 @@ def train(cfg):
 
             # Which sequences a batch has is a function of the step and the seed alone. The
             # gradients of its microbatches add up, each weighted by its share of the batch.
-            x, y = to_device(tokens.batch(data.train, step, cfg.batch, cfg.seq, cfg.seed,
-                                          data.vocab_size), cfg.device)
             loss = torch.zeros((), device=cfg.device)
-            for x_micro, y_micro in zip(x.split(cfg.micro), y.split(cfg.micro)):
-                part = forward(x_micro, y_micro) * (cfg.micro / cfg.batch)
+            for i in range(step * n_micro, (step + 1) * n_micro):
+                batch = tokens.batch(corpus.train, i, cfg.micro, cfg.seq, cfg.seed)
+                x, y = to_device(batch, cfg.device)
+                part = forward(x, y) / n_micro
                 part.backward()
                 loss += part.detach()
 
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+            max_norm = cfg.clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
             loss = loss.item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                log.write(run.log_row(run.Step(step + 1, loss, None, lr, norm, 0, 0, "n/a")))
-                raise UserError(divergence(cfg, loss, norm, step, lr, checkpoint_path))
+                row = run.Step(step + 1, loss, None, lr, norm, 0, 0, "n/a")
+                log.write(run.log_row(row))
+                diverge(cfg, row, log)
             optimizer.step()
             optimizer.zero_grad()
             # A weight is quantised once a step and serves every microbatch of the next one.
@@ -329,36 +374,46 @@ def train(cfg):
 
             done = step + 1
             is_evaluated = done % eval_every == 0 or done == steps
-            val = round(evaluate(forward, data, cfg), 4) if is_evaluated else None
-            speed = tokens_per_step / seconds
-            mfu = model_flops_utilisation(cfg, model, speed)
+            val = round(evaluate(forward, corpus, cfg), 4) if is_evaluated else None
+            speed = cfg.batch * cfg.seq / seconds
+            mfu = machine.utilisation(cfg.device, speed * model.config.flops_per_token(cfg.seq))
             history.append(run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu))
             log.write(run.log_row(history[-1]))
+            is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            if is_evaluated or is_late or stop.is_asked:
+                save(cfg, corpus, model, optimizer, history, log)
+                saved_at = time.monotonic()
+            # What follows prints, and there may be no terminal any more.
+            stop.raise_if_asked()
             show_step(bar, history[-1], steps)
-            if is_evaluated:
-                run.save_checkpoint(checkpoint_path, cfg, data.vocab_size, data.folder, model,
-                                    optimizer, history)
-        log.write(run.log_end(peak_memory(cfg)))
-    finish(cfg, model, data, history, folder)
 
 
-def start_log(log_path, cfg, model, history):
-    """Write what made the run and the steps so far, those of a resumed run, into log.csv."""
-    head = run.log_head(vars(cfg), machine(cfg), backend_description(model))
-    text = head + "".join(run.log_row(row) for row in history)
-    atomic_write_text(log_path, text)
+def log_path(cfg): return os.path.join(cfg.folder, "log.csv")
 
 
-def device_name(cfg):
-    return "CPU" if cfg.device == "cpu" else torch.cuda.get_device_name(cfg.device)
+def begin(cfg, corpus, model, optimizer):
+    """Open the log of a run. Where it resumes, put its checkpoint into model and optimizer.
 
-
-def machine(cfg):
-    """The device and what else the speed and the last bits of a loss depend on."""
-    parts = [device_name(cfg), f"torch {torch.__version__}"]
-    if cfg.device == "cpu":
-        parts.append(f"{torch.get_num_threads()} threads")
-    return ", ".join(parts)
+    Returns the steps that are done already, a list of run.Step.
+    """
+    made_by = (machine.describe(cfg.device), backend_description(model))
+    if not cfg.resume:
+        run.start_log(log_path(cfg), run.log_head(vars(cfg), *made_by, corpus.identity))
+        return []
+    state = checkpoint.load(cfg.folder)
+    old_corpus = state["corpus"]["identity"]
+    changes = run.changes(state["config"], vars(cfg), old_corpus, corpus.identity)
+    what_changes = run.describe_changes(changes)
+    check(cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,
+          f"{cfg.folder} is another run ({what_changes}): choose another --name, or go on all the "
+          "same with --allow_changes")
+    history = checkpoint.restore(state, model, optimizer, cfg.device)
+    optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
+    # The log says for good how the steps so far were made. This head is for one that is lost.
+    head = run.log_head(state["config"], *made_by, old_corpus)
+    run.resume_log(log_path(cfg), head, history, changes)
+    print(f"{cfg.name} goes on after step {len(history)}; changes: {what_changes or 'none'}")
+    return history
 
 
 def backend_description(model):
@@ -370,13 +425,14 @@ def announce(cfg, model, steps):
     n_params = model.config.n_params
     n_others = sum(p.numel() for p in model.parameters()) - n_params
     print(f"{cfg.name}: {n_params:,} parameters and {n_others:,} in embedding and head; "
-          f"{steps:,} steps of {cfg.batch * cfg.seq:,} tokens; {cfg.dtype} on {device_name(cfg)}; "
-          f"fp4: {backend_description(model)}")
+          f"{steps:,} steps of {cfg.batch * cfg.seq:,} tokens; {cfg.dtype} on "
+          f"{machine.device_name(cfg.device)}; fp4: {backend_description(model)}")
 
 
 def progress_bar(cfg, steps, history):
     """A bar on a terminal; nothing where the output goes to a file or a pipe."""
-    return tqdm(total=steps, initial=len(history), desc=cfg.name, disable=None)
+    nobody_reads = sys.stderr is None or None       # None: tqdm looks for a terminal
+    return tqdm(total=steps, initial=len(history), desc=cfg.name, disable=nobody_reads)
 
 
 def show_step(bar, row, steps):
@@ -390,41 +446,45 @@ def show_step(bar, row, steps):
     bar.update()
 
 
-def divergence(cfg, loss, norm, step, lr, checkpoint_path):
-    """The sentence about a run whose loss or gradient is not finite."""
-    if os.path.exists(checkpoint_path):
-        kept = f"the last good checkpoint is {checkpoint_path}"
-    else:
-        kept = "there is no checkpoint yet"
-    return f"{cfg.name}: loss {loss}, gradient norm {norm} at step {step + 1}, lr {lr:.2e}; {kept}"
+def save(cfg, corpus, model, optimizer, history, log):
+    """Write a checkpoint, or raise run.Diverged if a number in it is not finite."""
+    row = history[-1]
+    is_finite = row.val is None or math.isfinite(row.val)
+    state = checkpoint.pack(vars(cfg), corpus, model, optimizer, history)
+    if not (is_finite and checkpoint.all_finite(state)):
+        diverge(cfg, row, log)
+    checkpoint.save(cfg.folder, state, cfg.keep)
 
 
-def model_flops_utilisation(cfg, model, tokens_per_s):
-    """The share of the GPU's peak BF16 rate that the model's own operations take, such as 41.2%."""
-    for name, tflops in PEAK_TFLOPS.items():
-        if name in device_name(cfg):
-            flops = tokens_per_s * model.config.flops_per_token(cfg.seq)
-            return f"{flops / (1e12 * tflops):.1%}"
-    return "n/a"
+def diverge(cfg, row, log):
+    """Note in the log that a loss, a gradient or a weight is not finite; raise run.Diverged."""
+    kept = "there is no checkpoint yet"
+    if checkpoint.exists(cfg.folder):
+        kept = f"the last good checkpoint is {checkpoint.newest_path(cfg.folder)}"
+    val = "" if row.val is None else f" validation loss {row.val},"
+    sentence = (f"{cfg.name} has diverged: loss {row.loss},{val} gradient norm {row.norm} at step "
+                f"{row.step}, lr {row.lr:.2e}; {kept}")
+    log.write(run.log_diverged(sentence))
+    raise run.Diverged(sentence)
 
 
-def peak_memory(cfg):
-    if cfg.device == "cpu":
-        return "n/a"
-    return f"{torch.cuda.max_memory_allocated(cfg.device) / 2 ** 30:.2f} GiB"
-
-
-def finish(cfg, model, data, history, folder):
+def finish(cfg, model, corpus, history):
     """Print a sample, draw the curve, and say where everything is."""
-    print("\n" + sample(model, data.folder, "def", cfg))
+    try:
+        text = sample(model, corpus.vocabulary, "def", cfg)
+    except UserError as error:          # A sample never ends a run.
+        text = f"(no sample: {error})"
+    print("\n" + text)
     from tools import report            # Only a finished run needs it.
-    files = [os.path.join(folder, "log.csv"),
-             report.draw_curves(os.path.join(folder, "curve.svg"), {cfg.name: [history]})]
-    checkpoint_path = os.path.join(folder, "ckpt.pt")
+    curve = report.draw_curves(os.path.join(cfg.folder, "curve.svg"), {cfg.name: [history]})
+    files = [log_path(cfg), curve]
     if cfg.discard:
-        os.remove(checkpoint_path)
+        checkpoint.discard(cfg.folder)
     else:
-        files.append(checkpoint_path)
+        files.append(checkpoint.newest_path(cfg.folder))
+    # This is written last: nothing is done any more to a run that is finished.
+    with open(log_path(cfg), "a") as log:
+        log.write(run.log_end(machine.peak_memory(cfg.device)))
     print(f"\n{cfg.name}: final val loss {history[-1].val:.4f}; {', '.join(files)}")
 
 
@@ -432,41 +492,92 @@ def finish(cfg, model, data, history, folder):
 
 def sample_from_checkpoint(cfg):
     """The text --sample, continued by the checkpoint of the run that cfg names."""
-    state = run.load_checkpoint(os.path.join(cfg.out, cfg.name, "ckpt.pt"))
-    trained = Settings(**state["config"])
-    model = build_model(dataclasses.replace(trained, device=cfg.device), state["vocab"])
-    model.load_state_dict(state["model"])
-    return sample(model, state["data"], cfg.sample, cfg)
+    state = checkpoint.load(cfg.folder)
+    trained = settings_of(state, cfg)
+    vocabulary = vocabulary_from_state(state["corpus"]["vocabulary"])
+    with errors_in_words(trained):
+        model = build_model(trained, vocabulary.size)
+        checkpoint.restore_model(state, model)
+        return sample(model, vocabulary, cfg.sample, cfg)
 
 
-def sample(model, data_folder, text, cfg):
-    """The text, continued by the model."""
-    try:
-        encoding = tokenizer.load_encoding(data_folder)
-    except UserError as error:
-        return f"(no sample: {error})"
-    prompt = encoding.encode_ordinary(text) or [encoding.eot_token]
+def sample(model, vocabulary, text, cfg):
+    """The text, continued by the model. Raises UserError if it cannot be."""
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    prompt = vocabulary.encode(text)
     ids = torch.tensor([prompt], device=cfg.device)
-    ids = model.generate(ids, cfg.sample_tokens, generator=generator)[0].tolist()
-    return encoding.decode([i for i in ids if i < encoding.n_vocab])
+    try:
+        ids = model.generate(ids, cfg.sample_tokens, generator=generator)
+    except ValueError as error:
+        raise UserError(str(error))
+    return vocabulary.decode(ids[0].tolist())
 
 
 # ---- main
 
+def settings_of(state, settings, typed=()):
+    """The settings in a checkpoint, but those of settings where they do not define the run, where
+    the machine decides, and where they were typed."""
+    if any(name in typed for name in run.LENGTHS):
+        typed = {*typed, *run.LENGTHS}
+    own = {*typed, *run.NOT_IDENTITY, "device", "compile", "gemm"}
+    old = {name: value for name, value in state["config"].items() if name not in own}
+    try:
+        settings = dataclasses.replace(settings, **old)
+    except TypeError:                   # There is no such setting here.
+        raise UserError("this checkpoint is of another version of quartet.py")
+    # What a file says is checked as if it had been typed.
+    return resolve(parse(cli.to_flags(settings)))
+
+
+def continued(cfg, settings, typed):
+    """The settings with which the run of cfg goes on, or None if there is nothing left to do.
+
+    Without a checkpoint the run begins anew.
+    """
+    is_finished = run.is_finished(cfg.folder)
+    if not checkpoint.exists(cfg.folder):
+        if is_finished:
+            print(f"{cfg.name} is finished, and its checkpoint is removed")
+            return None
+        print(f"there is no checkpoint in {cfg.folder}: {cfg.name} begins anew")
+        return dataclasses.replace(cfg, resume=False)
+    state = checkpoint.load(cfg.folder)
+    cfg = settings_of(state, dataclasses.replace(settings, name=cfg.name), typed)
+    preset = PRESETS[cfg.size]
+    steps = n_steps(cfg, count_params(preset.n_layer, preset.n_embd))
+    done = len(state["history"])
+    is_evaluated = run.Step(*state["history"][-1]).val is not None
+    check(done < steps or done == steps and is_evaluated,
+          f"{cfg.folder} has {done} steps already: give --steps {done + 1} or more")
+    is_another = run.changes(state["config"], vars(cfg)).keys() - run.MAY_CHANGE
+    if done == steps and not is_another and is_finished:
+        print(f"{cfg.name} is finished after {done} steps; --resume --steps N makes it longer")
+        return None
+    return cfg
+
+
+def refuse_other_run(cfg, remedy):
+    """Raise UserError if the folder that cfg has by default holds a run with other settings."""
+    changes = run.changes_to(cfg.folder, vars(cfg))
+    check(not changes, f"{cfg.folder} holds a run with other settings "
+                       f"({run.describe_changes(changes)}): {remedy}")
+
+
 def expand_runs(settings):
     """The settings of each run that a command line means, seed by seed."""
-    check(settings.seeds > 0 and settings.jobs > 0,
-          f"seeds and jobs must be 1 or more, got {settings.seeds} and {settings.jobs}")
-    lists = {"precision": settings.precision} | {axis: getattr(settings, axis) for axis in AXES}
+    lists = {axis: getattr(settings, axis) for axis in ("precision", *AXES)}
     if settings.precision == "all":
         lists["precision"] = ",".join(RECIPES)
-    choices = [[value.strip() for value in text.split(",")] for text in lists.values()]
-    is_ablation = settings.seeds > 1 or max(map(len, choices)) > 1
+    choices = [[None] if text is None else [value.strip() for value in text.split(",")]
+               for text in lists.values()]
+    n_runs = settings.seeds * math.prod(map(len, choices))
+    check(n_runs <= MAX_RUNS, f"these are {n_runs:,} runs, more than {MAX_RUNS:,}")
+    check(settings.seed + settings.seeds - 1 <= cli.LARGEST_INT, "the last seed is too large")
     seeds = range(settings.seed, settings.seed + settings.seeds)
     for seed, *values in itertools.product(seeds, *choices):
         cfg = dataclasses.replace(settings, seed=seed, seeds=1, **dict(zip(lists, values)))
-        if settings.name and is_ablation:
+        if settings.name is not None and n_runs > 1:
             cfg = dataclasses.replace(cfg, name=f"{settings.name}-{run.label(vars(cfg))}")
         yield resolve(cfg)
 
@@ -474,20 +585,37 @@ def expand_runs(settings):
 def main(argv):
     settings = parse(argv)
     configs = list(dict.fromkeys(expand_runs(settings)))
-    if settings.sample:
-        print(sample_from_checkpoint(configs[0]))
-    elif len(configs) == 1:
-        train(configs[0])
+    cfg = configs[0]
+    is_one = len(configs) == 1
+    check(is_one or settings.sample is None, "--sample is for one run: name it with --name")
+    check(is_one or not settings.resume,
+          "--resume is for one run: several go on with the same command without it")
+    reason = machine.unusable_gpu() if cfg.device == "cpu" and settings.device is None else ""
+    if reason:
+        print(f"quartet: on the CPU, because {reason}", file=sys.stderr)
+    if settings.sample is not None:
+        print(sample_from_checkpoint(cfg))
+        return
+    if settings.name is None and not settings.resume:
+        remedy = "give this one a --name, or --resume" if is_one else "give these a --name"
+        for each in configs:
+            refuse_other_run(each, remedy)
+    if is_one:
+        if cfg.resume:
+            cfg = continued(cfg, settings, cli.given(Settings, argv))
+        if cfg:
+            train(cfg)
     else:
         from tools import ablation      # Only several runs need it.
         label = run.label(vars(settings)).replace(",", "-")
-        name = settings.name or f"{configs[0].size}-{label}"[:100]
+        name = settings.name or f"{cfg.size}-{label}"[:100]
         ablation.compare(configs, os.path.join(settings.out, name), train, sys.argv[0])
 
 
 def run_cli(argv, main=main):
     """main(argv), in which a mistake of the user ends in one sentence; returns the exit code."""
-    return cli.run(main, argv)
+    with signals.become_exceptions():
+        return cli.run(main, argv)
 
 
 if __name__ == "__main__":
