@@ -813,3 +813,29 @@ def test_the_study_writes_what_there_is_and_then_says_what_failed(monkeypatch, r
     with pytest.raises(UserError, match="2 runs failed"):
         study.main(["--device", "cpu", "--out", str(tmp_path / "some")])
     assert [*table(readme.read_text())] == ["bf16"]
+
+
+# ---- children share the machine
+
+def test_a_child_is_not_in_the_group_that_ctrl_c_reaches(children, tmp_path):
+    children("say(os.getsid(0) == os.getpid())")
+    assert (tmp_path / "out" / "r0" / "log.txt").read_text() == "True\n"
+
+
+def test_a_slot_is_taken_again_when_its_run_has_ended(children, monkeypatch):
+    slots = []
+    environment = ablation.child_environment
+
+    def noted(device, slot, jobs):
+        slots.append(slot)
+        return environment(device, slot, jobs)
+
+    monkeypatch.setattr(ablation, "child_environment", noted)
+    children("time.sleep(3 if number == 0 else 0)", n=4)
+    assert slots == [0, 1, 1, 1]
+
+
+def test_the_children_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    found = [ablation.child_environment("cpu", 0, jobs)["OMP_NUM_THREADS"] for jobs in (2, 3, 16)]
+    assert found == ["4", "2", "1"]

@@ -991,3 +991,52 @@ def test_any_python_can_clean(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"removed: {os.path.join('data', 'stdlib')}\n"
     assert not (tmp_path / "data" / "stdlib").exists()
+
+
+# ---- what tells two corpora apart
+
+def test_the_fingerprint_is_of_validation_files_too(folder):
+    first = open_corpus(str(folder)).fingerprint
+    write_tokens(folder / "val.bin", np.arange(600))
+    assert open_corpus(str(folder)).fingerprint != first
+
+
+def test_a_token_file_of_another_length_and_the_same_time_is_read(folder):
+    first = open_corpus(str(folder)).fingerprint
+    before = os.stat(folder / "val.bin")
+    write_tokens(folder / "val.bin", np.arange(400))
+    os.utime(folder / "val.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_corpus(str(folder)).fingerprint != first
+
+
+def test_clean_leaves_what_a_link_points_to(notes, here, tmp_path):
+    elsewhere = prepare.prepare(str(notes), 300, out=str(tmp_path / "elsewhere"))
+    here.mkdir()
+    (here / "linked").symlink_to(elsewhere)
+    clean.clean(str(here))
+    assert (tmp_path / "elsewhere" / "train.bin").exists() and (here / "linked").is_symlink()
+
+
+def test_an_edit_that_keeps_the_size_makes_another_corpus(tmp_path):
+    path = tmp_path / "notes.txt"
+    found = set()
+    for number, text in ((1, "one text"), (2, "two text")):
+        path.write_text(text)
+        os.utime(path, ns=(number, number))
+        found.add(prepare.corpus_name(str(path)))
+    assert len(found) == 2
+
+
+def test_train_bin_and_val_bin_are_the_corpus_whatever_lies_beside_them(folder):
+    first = open_corpus(str(folder)).fingerprint
+    for name in ("old_train.bin", "my_val_2.bin"):
+        shutil.copy(folder / "train.bin", folder / name)
+    opened = open_corpus(str(folder))
+    assert (len(opened.train), len(opened.val), opened.fingerprint) == (1, 1, first)
+
+
+def test_the_vocabulary_knows_nothing_of_the_validation_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a text to train on. " * 900 + "zq" * 1000)
+    made = open_corpus(prepare.prepare(str(path), 300, out=str(tmp_path / "out")))
+    assert not any(b"zq" in token for token in made.vocabulary.ranks)

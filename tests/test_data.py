@@ -461,7 +461,7 @@ def test_ready_shards_of_others_are_a_corpus_as_they_are(tmp_path):
 
 def test_the_standard_library_is_a_corpus_of_sources_without_tests():
     names = [file.name for file in texts.list_files("stdlib")[0]]
-    assert len(names) > 500
+    assert len(names) > 300             # Some distributions leave parts of it out.
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py"} < set(names)
     unwanted = {"test", "tests", "site-packages"}

@@ -747,3 +747,32 @@ def test_a_file_of_that_name_is_never_renamed(tmp_path):
     with pytest.raises(UserError, match="r is a file: choose another --name"):
         run.set_aside(str(tmp_path / "r"))
     assert (tmp_path / "r").read_text() == "mine"
+
+
+# ---- odd neighbours
+
+def test_the_lock_of_another_is_not_removed(folder):
+    with run.lock(str(folder)):
+        os.remove(folder / "lock")
+        (folder / "lock").write_text("another process")
+    assert names(folder) == ["lock"]
+
+
+def test_a_link_to_nowhere_is_a_name_that_is_taken(folder):
+    torch.save(state_after(1), folder / "ckpt.pt")
+    (folder.parent / "r.1").symlink_to("nowhere")
+    run.set_aside(str(folder))
+    assert names(folder.parent) == ["r.1", "r.2"]
+
+
+def test_older_checkpoints_are_in_the_order_of_their_steps(folder):
+    for number in (8, 9, 10, 100, 110):
+        checkpoint.save(str(folder), state_after(number), 3)
+    assert steps_kept(folder) == {"ckpt.pt": 110, "ckpt-100.pt": 100, "ckpt-10.pt": 10}
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence():
+    packed = state_after(1)
+    packed["optimizer"]["param_groups"] *= 2
+    with pytest.raises(UserError, match="the checkpoint is of another optimizer: "):
+        checkpoint.restore(packed, *model_and_optimizer(), "cpu")
