@@ -637,13 +637,13 @@ def test_the_bench_is_read_as_times_of_models_of_the_widths_measured(tmp_path):
     assert bench.outside(1e8) == "" and "was only measured on" in bench.outside(1e12)
 
 
-def fake_linear(M, N, K, row):
+def fake_linear(M, N, K, row, backend):
     if row == "bf16":
         return dict(forward_ms=4., backward_ms=8., ms=12., called_ms=13.)
     return dict(forward_ms=2., backward_ms=4., ms=6., called_ms=7.)
 
 
-def fake_steps(sizes):
+def fake_steps(sizes, backend):
     return [[dict(size="30M", row="bf16", ms=2.), dict(size="30M", row="fp4", ms=3.)]]
 
 

@@ -283,12 +283,12 @@ def test_a_signal_saves_even_where_nobody_reads_what_is_printed(started, tmp_pat
 
 def test_a_stopped_run_that_is_resumed_ends_as_if_it_had_not_been_stopped(
         run, started, tmp_path):
-    assert run("--steps", 20, "--name", "whole", *BRIEF)[0] == 0
-    process = started("--steps", 20)
+    assert run("--steps", 60, "--name", "whole", *BRIEF)[0] == 0
+    process = started("--steps", 60)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert 2 <= len(log(tmp_path / "r")) < 20
-    assert run("--steps", 20, "--name", "r", "--resume", *BRIEF)[0] == 0
+    assert 2 <= len(log(tmp_path / "r")) < 60
+    assert run("--steps", 60, "--name", "r", "--resume", *BRIEF)[0] == 0
     assert log(tmp_path / "r") == log(tmp_path / "whole")
     assert equal(state(tmp_path / "r")["model"], state(tmp_path / "whole")["model"])
 

@@ -294,9 +294,11 @@ def run(main, argv, name="quartet", go_on=GO_ON):
         sentence = f"stopped by {signal.Signals(number).name}"
     if code > 128 and go_on:
         sentence += f"; {go_on}"
-    drop_unwritten_output()
-    with contextlib.suppress(OSError):      # The terminal may be gone.
-        print(f"{name}: {on_one_line(sentence)}", file=sys.stderr)
+    drop_unwritten(sys.stdout)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):      # The terminal may be gone.
+            print(f"{name}: {on_one_line(sentence)}", file=sys.stderr)
+        drop_unwritten(sys.stderr)
     return code
 
 
@@ -332,13 +334,16 @@ def flush_output():
         sys.stdout.flush()
 
 
-def drop_unwritten_output():
-    """Flush stdout, or let it go where that fails: Python would complain when it flushes it."""
+def drop_unwritten(stream):
+    """Flush a stream, or let what it holds go where that fails: at the end of the process Python
+    would try again, and answer with an exit code of its own."""
+    if stream is None:
+        return
     try:
-        flush_output()
+        stream.flush()
     except OSError:
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- which Python runs it
