@@ -643,7 +643,7 @@ def fake_linear(M, N, K, row, backend):
     return dict(forward_ms=2., backward_ms=4., ms=6., called_ms=7.)
 
 
-def fake_steps(sizes, backend):
+def fake_steps(sizes, gemm):
     return [[dict(size="30M", row="bf16", ms=2.), dict(size="30M", row="fp4", ms=3.)]]
 
 

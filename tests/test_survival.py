@@ -247,7 +247,11 @@ def started(corpus, tmp_path):
         process.communicate()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow)
+                for number in (signal.SIGHUP, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *SLOW_SIGNALS])
 def test_a_signal_stops_a_run_after_its_step_with_a_checkpoint(run, started, tmp_path, number):
     process = started("--steps", 5000)
     process.send_signal(number)
@@ -272,7 +276,7 @@ def test_a_run_that_stopped_without_an_evaluation_cannot_end_there(run, tmp_path
     assert log(tmp_path / "r")[-1][2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, SLOW_SIGNALS[0]])
 def test_a_signal_saves_even_where_nobody_reads_what_is_printed(started, tmp_path, number):
     process = started("--steps", 5000, "--eval_every", 1)
     process.stdout.close()              # as when `| tee` ends at the same Ctrl-C
