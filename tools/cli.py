@@ -322,10 +322,11 @@ def explain(error):
 
 
 def admit_any_text(*streams):
-    """Make characters that a stream's encoding lacks appear as \\u1234 and raise nothing."""
+    """Make characters that a stream's encoding lacks appear as \\u1234 and raise nothing, and every
+    line appear at once: Python keeps back what goes to a pipe, such as `| tee log.txt`."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def flush_output():
