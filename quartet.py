@@ -123,11 +123,11 @@ if __name__ == "__main__":
     cli.start(parse)
 
 import torch
-from tqdm import tqdm
 
 import fp4                              # the quantised linear layer
 from data import tokens
 from data.corpus import open_corpus
+from data.progress import bar_on_terminal
 from data.tokenizer import vocabulary_from_state
 from fp4.backend import GEMMS
 from model import PRESETS, Llama, count_params
@@ -431,8 +431,7 @@ def announce(cfg, model, steps):
 
 def progress_bar(cfg, steps, history):
     """A bar on a terminal; nothing where the output goes to a file or a pipe."""
-    nobody_reads = sys.stderr is None or None       # None: tqdm looks for a terminal
-    return tqdm(total=steps, initial=len(history), desc=cfg.name, disable=nobody_reads)
+    return bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
 
 
 def show_step(bar, row, steps):
