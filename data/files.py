@@ -9,8 +9,6 @@ import hashlib
 import os
 import signal
 
-CHUNK_BYTES = 1 << 20
-
 
 class UserError(Exception):
     """Carries one sentence for the user: what is wrong, where, and what to do about it."""
@@ -93,8 +91,5 @@ def atomic_write_text(path, text):
 
 def sha256_of(path):
     """Returns the SHA-256 of a file in 64 hex digits."""
-    sha = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha.update(chunk)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
