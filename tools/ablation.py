@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from data import signals
+from data.corpus import open_corpus
 from data.files import Stopped, UserError
 from tools import checkpoint, cli
 from tools.report import check_files, report
@@ -65,7 +66,6 @@ def finish(configs, train, script):
 
     Returns the Runs that have ended, and the UserError that is to be raised if some failed.
     """
-    from data.corpus import open_corpus
     # The corpus is made here once, not in each child. It is that of the moment: what was trained on
     # another one of the same name cannot stand beside it.
     corpus = open_corpus(configs[0].data, configs[0].vocab).identity
@@ -147,7 +147,8 @@ def train_in_processes(configs, jobs, script):
     free_slots = list(range(jobs))
     children = []
     failed = []
-    with signals.BetweenSteps() as stop:
+    announcement = f"the runs finish their steps and save, for {STOP_SECONDS} s at most"
+    with signals.Noted(announcement) as stop:
         try:
             while (waiting or children) and not stop.is_asked:
                 while waiting and free_slots:
