@@ -448,7 +448,8 @@ def test_a_checkpoint_can_be_discarded_at_the_end(run, tmp_path):
     assert len(list(tmp_path.glob("*/log.csv"))) == 2
 
 
-def test_all_is_every_row(monkeypatch, capsys):
+def test_all_is_every_row(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)         # The checkout may have runs of its user in out/.
     configs = []
     monkeypatch.setattr(ablation, "compare", lambda these, *_: configs.extend(these))
     assert quartet.run_cli(["--precision", "all", "--seeds", "2", "--steps", "1"]) == 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data.files import UserError
+from test_train import equal
 from tools import checkpoint, run
 from tools.run import Step
 
@@ -73,16 +74,6 @@ def state_after(n_steps, width=6):
     "a checkpoint whose weights depend on its step"
     history = [step(number) for number in range(1, n_steps + 1)]
     return checkpoint.pack(CONFIG, Corpus(), *model_and_optimizer(n_steps, width), history)
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def names(folder):

@@ -1,5 +1,6 @@
 """Facts about runs that are stopped, killed, resumed, spoilt, or in each other's way."""
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -20,12 +21,20 @@ from data import prepare
 from data.files import Stopped, atomic_write
 from data.signals import BetweenSteps, become_exceptions, raise_stopped
 from fp4 import stored_weight
-from model import Llama
+from model import PRESETS, Llama
 from test_train import BRIEF, ROOT, SMALL, corpus, equal, log, run, state     # fixtures and readers
 from tools import checkpoint, machine
 from tools.run import read_log
 
+# Its runs take a third of the time of tiny's. What a process of its own trains is tiny, though.
+SMALLER = dataclasses.replace(PRESETS["tiny"], n_layer=2, n_embd=64, n_head=1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def small(request, monkeypatch):
+    if "started" not in request.fixturenames:
+        monkeypatch.setitem(quartet.PRESETS, "tiny", SMALLER)
 
 
 def ago(folder):
@@ -265,10 +274,11 @@ def test_a_signal_stops_a_run_after_its_step_with_a_checkpoint(run, started, tmp
 
 
 def test_a_run_that_stopped_without_an_evaluation_cannot_end_there(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(BetweenSteps, "is_asked", property(lambda self: True))
-    monkeypatch.setattr(BetweenSteps, "raise_if_asked", lambda self: raise_stopped(signal.SIGUSR1))
-    assert run("--steps", 9, "--name", "r", "--eval_every", 9)[0] == 128 + signal.SIGUSR1
-    monkeypatch.undo()
+    with monkeypatch.context() as stopping:
+        stopping.setattr(BetweenSteps, "is_asked", property(lambda self: True))
+        stopping.setattr(BetweenSteps, "raise_if_asked",
+                         lambda self: raise_stopped(signal.SIGUSR1))
+        assert run("--steps", 9, "--name", "r", "--eval_every", 9)[0] == 128 + signal.SIGUSR1
     before = ago(tmp_path / "r")
     code, sentence, _ = run("--steps", 1, "--name", "r", "--resume")
     assert code == 2 and "give --steps 2 or more" in sentence and ago(tmp_path / "r") == before
@@ -287,12 +297,12 @@ def test_a_signal_saves_even_where_nobody_reads_what_is_printed(started, tmp_pat
 
 def test_a_stopped_run_that_is_resumed_ends_as_if_it_had_not_been_stopped(
         run, started, tmp_path):
-    assert run("--steps", 60, "--name", "whole", *BRIEF)[0] == 0
-    process = started("--steps", 60)
+    assert run("--steps", 30, "--name", "whole", *BRIEF)[0] == 0
+    process = started("--steps", 30)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert 2 <= len(log(tmp_path / "r")) < 60
-    assert run("--steps", 60, "--name", "r", "--resume", *BRIEF)[0] == 0
+    assert 2 <= len(log(tmp_path / "r")) < 30
+    assert run("--steps", 30, "--name", "r", "--resume", *BRIEF)[0] == 0
     assert log(tmp_path / "r") == log(tmp_path / "whole")
     assert equal(state(tmp_path / "r")["model"], state(tmp_path / "whole")["model"])
 
@@ -487,6 +497,14 @@ def test_a_run_without_any_terminal_trains(corpus, tmp_path):
     command = " ".join(map(str, words)) + " >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], cwd=ROOT).returncode == 0
     assert len(log(tmp_path / "r")) == 2
+
+
+def test_a_corpus_is_prepared_without_any_terminal(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(999)))
+    command = f"{sys.executable} data/prepare.py {text} --vocab 300 --out {tmp_path}/out >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT).returncode == 0
+    assert (tmp_path / "out" / "train.bin").exists()
 
 
 # ---- what such runs log and keep
