@@ -34,6 +34,9 @@ test: test-packages ## the tests, in under 6 minutes on two cores
 test-all: test-packages ## all tests, also those that compile or simulate CUDA
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal tests
 
+mutants: test-packages ## plant faults, one at a time, and see whether the tests notice: 40 minutes
+	$(PYTHON) -m tools.mutants $(ARGS)
+
 style: ## the reading budget: columns, statements a line, names, tokens a line of code
 	@python3 tools/style.py
 
@@ -76,5 +79,5 @@ test-packages: matplotlib
 	$(PYTHON) -m pip install -q nvidia-cuda-nvdisasm || \
 	echo "test: no nvdisasm, so that no machine code is checked"; fi
 
-.PHONY: help kernels train ablation law bench test test-all style compile sanitize \
+.PHONY: help kernels train ablation law bench test test-all mutants style compile sanitize \
         blackwell-report clean nvcc matplotlib test-packages
