@@ -254,6 +254,12 @@ def evaluate(forward, corpus, cfg):
     return (total / count).item()
 
 
+def beyond_window(model, x, y):
+    """How many blocks of 32, of a million, FP8 had to round; None where nothing runs in FP8."""
+    few = max(1, 4096 // x.shape[1])    # This pass is not compiled, and takes more memory.
+    return fp4.blocks_beyond_window(model, x[:few], y[:few])
+
+
 # ---- one run
 
 def build_model(cfg, vocab_size):
@@ -375,9 +381,10 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             done = step + 1
             is_evaluated = done % eval_every == 0 or done == steps
             val = round(evaluate(forward, corpus, cfg), 4) if is_evaluated else None
+            beyond = beyond_window(model, x, y) if is_evaluated else None
             speed = cfg.batch * cfg.seq / seconds
             mfu = machine.utilisation(cfg.device, speed * model.config.flops_per_token(cfg.seq))
-            history.append(run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu))
+            history.append(run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu, beyond))
             log.write(run.log_row(history[-1]))
             is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             if is_evaluated or is_late or stop.is_asked:

@@ -49,6 +49,7 @@ class Backend:
     target: str = ""                    # architecture to compile for, such as 90a
     is_compiled: bool = True            # False: reference.py runs
     gemm: Callable | None = None        # the op "gemm" on a GPU that has no compiled one
+    window: str = ""                    # an entry of window.WINDOWS; "": none, or not measured
 
     def format_for(self, tensor):
         """Returns the format of a gradient's operands that lie on the tensor's device."""
@@ -70,7 +71,7 @@ def select_backend(capability, gemm="auto"):
 
     if gemm == "fp8":
         return gpu_backend(capability, "exact FP4 products on FP8 tensor cores (the library's)",
-                           gemm=gemm_on_fp8)
+                           gemm=gemm_on_fp8, window="fp8")
     if gemm == "bf16":
         return gpu_backend(capability, "exact FP4 products on BF16 tensor cores (the library's)",
                            gemm=gemm_on_bf16)
@@ -83,7 +84,8 @@ def select_backend(capability, gemm="auto"):
                            sources=("gemm_fp32.cu",), flags=("-DGEMM_FP32",))
     if capability == HOPPER:
         return gpu_backend(capability, "exact FP4 products on FP8 tensor cores (gemm_sm90.cu)",
-                           "fp8", sources=("gemm_sm90.cu",), flags=("-DGEMM_SM90",))
+                           "fp8", sources=("gemm_sm90.cu",), flags=("-DGEMM_SM90",),
+                           window="own")
     kernel = BLACKWELL_KERNELS[capability[0]]
     return gpu_backend(capability, f"products on FP4 tensor cores ({kernel}.cu, {UNTESTED})",
                        "mxf4", sources=(f"{kernel}.cu", "scale_tiles.cu"),
@@ -116,14 +118,15 @@ def check_gemm_runs(capability, gemm):
                 f"{major}.{minor}: choose auto, which means {usual_gemm(capability)!r} here")
 
 
-def gpu_backend(capability, products, operand_format="packed", sources=(), flags=(), gemm=None):
+def gpu_backend(capability, products, operand_format="packed", sources=(), flags=(), gemm=None,
+                window=""):
     major, minor = capability
     # The suffix a allows the instructions that only this architecture has, as Hopper's wgmma: the
     # products use them that have an operand format of their own.
     suffix = "" if operand_format == "packed" else "a"
     description = f"quantize.cu and {products} on the GPU, cpu.cpp on the CPU"
     return Backend(description, operand_format, sources, flags, f"{major}{minor}{suffix}",
-                   gemm=gemm)
+                   gemm=gemm, window=window)
 
 
 # ---- products of the library, with the arguments of the op "gemm" (ops.py)

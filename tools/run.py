@@ -174,6 +174,8 @@ class Step(NamedTuple):
     ms: float                           # wall-clock time of the step
     tokens_per_s: float
     mfu: str                            # model FLOPs utilisation, or n/a
+    # Of a million blocks of 32, how many FP8 had to round; None: not counted, or not in FP8.
+    beyond_window: Optional[float] = None
 
 
 def log_head(config, device_name, backend_description, corpus=None):
@@ -206,8 +208,9 @@ def git_commit():
 def log_row(row):
     """One Step as a line of log.csv."""
     val = "" if row.val is None else f"{row.val:.4f}"
+    beyond = "" if row.beyond_window is None else f"{row.beyond_window:.2f}"
     return (f"{row.step},{row.loss:.6f},{val},{row.lr:.6e},{row.norm:.6f},{row.ms:.1f},"
-            f"{row.tokens_per_s:.0f},{row.mfu}\n")
+            f"{row.tokens_per_s:.0f},{row.mfu},{beyond}\n")
 
 
 def log_resumed(step, changed):
@@ -386,7 +389,7 @@ def check_types(config, corpus, resumed):
 def parse_rows(lines):
     """The table between the comments of a log, as a list of Step."""
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    if rows and not rows[-1]["mfu"]:
+    if rows and (not rows[-1]["mfu"] or None in rows[-1].values()):
         rows.pop()                      # It was cut off when the run was killed.
     history = [parse_row(fields) for fields in rows]
     for before, after in itertools.pairwise(history):
@@ -400,8 +403,9 @@ def parse_row(fields):
     norm = float(fields["norm"])
     loss = float(fields["loss"]) if math.isfinite(norm) else math.nan
     val = float(fields["val"]) if fields["val"] else None
+    beyond = fields.get("beyond_window")        # An older log does not have this column.
     return Step(int(fields["step"]), loss, val, float(fields["lr"]), norm, float(fields["ms"]),
-                float(fields["tokens_per_s"]), fields["mfu"])
+                float(fields["tokens_per_s"]), fields["mfu"], float(beyond) if beyond else None)
 
 
 def split_logs(text):
