@@ -15,8 +15,10 @@ number as long as .5 * 2^s is not below the smallest subnormal number (2^-9 in E
 and 6 * 2^s is not above the largest number (448 and 57344). Neighbouring blocks share a float32
 scale, a power of two as well, which takes the rest of the exponent: e = s + log2(scale). It is
 chosen so that the block with the largest e gets the largest s. A block so much smaller that its s
-falls out of the window is rounded to FP8. Blocks of zeros do not count, since their exponent says
-nothing.
+falls out of the window is rounded to FP8 (fp4/window.py counts them). Blocks of zeros do not count,
+since their exponent says nothing. The shared scale is at least 2^-118 on the left and 2^-125 on the
+right, so that it is a normal number; a left block at 2^-127 therefore rounds even if it is the
+largest, which no training run comes near.
 
              FP8     window of s    one scale for            scales
     left     E4M3    -8 .. 6        1 row x 128 values       [ceil(M/128), ceil(K/128), 128]

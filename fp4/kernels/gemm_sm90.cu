@@ -16,12 +16,12 @@ limit. A stage has two mbarriers, which tell when it is full and when it is empt
     producer:   wait for empty[stage]; start the copies, whose bytes arrive at full[stage]
     consumer:   wait for full[stage]; multiply; arrive at empty[stage] of both blocks
 
-Hopper's FP8 unit aligns all addends with the largest one and drops their bits beyond the 13th
-binary place after its leading one. So it is made to sum no more than 128 of K, which is also as far
-as one pair of scales reaches. A consumer multiplies each such partial sum by the scale of its row
-of A and by that of its 32 rows of B, which are columns of the output. This is exact, because scales
-are powers of two. Then it adds the partial sum to its FP32 sums. While one consumer does this, the
-products of the other one run.
+Hopper's FP8 unit aligns all addends with the largest one and cuts off their bits beyond the 13th
+binary place after its leading one, which rounds towards zero. So it is made to sum no more than 128
+of K, which is also as far as one pair of scales reaches. A consumer multiplies each such partial
+sum by the scale of its row of A and by that of its 32 rows of B, which are columns of the output.
+This is exact, because scales are powers of two. Then it adds the partial sum to its FP32 sums.
+While one consumer does this, the products of the other one run.
 
 The scales have tensor maps although a plain bulk copy would do: racecheck of compute-sanitizer
 takes it for a race when threads read what a bulk copy without a map has written.
