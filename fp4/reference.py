@@ -206,7 +206,9 @@ def quantize_forward(x, scale):
     mean = total(v) / 32
     variance = total(v * v) / 32 - mean.square()
     variance = variance.clamp_min(0)        # rounding can leave it below 0; a NaN stays
-    best = variance.sqrt() * QUEST_SCALE_PER_STD + 1e-8     # so that a block of zeros has a scale
+    # torch's root of a float32 may be off by its last bit, on a CPU with MKL.
+    std = variance.double().sqrt().float()
+    best = std * QUEST_SCALE_PER_STD + 1e-8         # so that a block of zeros has a scale
     e = floor_log2(best)
     if scale == "nearest":
         e = e + (torch.frexp(best).mantissa > .5 ** .5)
