@@ -7,17 +7,23 @@ the same run.
     python -m tools.bench --quick           # fewer shapes; prints only
     python -m tools.bench --gemm bf16       # with another product than this GPU's; prints only
 
-Every time is a median, and inputs rotate, so that they come from memory and not from the cache.
-Activations and gradients are quantised inside what is timed. The weight of a linear in fp4 is not:
-that happens once an optimizer step, and the training steps count it.
+Inputs rotate, so that they come from memory and not from the cache. Activations and gradients are
+quantised inside what is timed. The weight of a linear in fp4 is not: that happens once an optimizer
+step, and the training steps count it.
 
 A narrow layer called from Python waits for the host, in BF16 as in FP4. In a compiled model the
-host is ahead, and the layer waits for the GPU. So a linear is timed in both ways: "GPU" replays it
+host is ahead, and the layer waits for the GPU. So a linear is timed by two clocks: "GPU" replays it
 from a CUDA graph, and "called" calls the compiled layer.
+
+A card at its limit of power or temperature lowers its frequency, by a tenth and more, so what is
+measured a minute later is measured on another card. Everything that is compared is therefore in
+memory at once, and takes turns (rounds, below). A time is the median over the rounds, and a ratio
+the median of the ratio to BF16 in the same round. One layer is also timed without turns.
 """
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import gc
 import io
 import itertools
@@ -54,32 +60,104 @@ from fp4 import ops
 from fp4.check import check
 from model import PRESETS, Llama
 from tools import machine
-from tools.bench_report import ROWS, SHAPES, STEPS, VOCABULARY, WIDTHS, report, shape, show
+from tools.bench_report import (
+    ROUNDS, ROWS, SHAPES, STEP_ROUNDS, STEPS, VOCABULARY, WIDTHS, report, shape)
 from tools.markdown import replaced
 
 FP4_FOLDER = os.path.dirname(os.path.abspath(fp4.__file__))
 README = os.path.join(FP4_FOLDER, "README.md")
 RESULTS = os.path.join(FP4_FOLDER, "build", "bench.json")
-# The steps that are compiled and held in memory together: 80 GB suffice for each of these groups.
-SIDE_BY_SIDE = [(("tiny", "30M", "100M"), ROWS), (("800M",), ROWS[:2]), (("800M",), ROWS[2:])]
+SPIN_CYCLES = 500_000                   # a third of a millisecond
+SETTLING_SECONDS = 6
+# The steps that are compiled and held in memory together: 80 GB should suffice for each of these
+# groups. Every group has bf16 in it, because only what is held together can take turns.
+SIDE_BY_SIDE = [(("tiny", "30M", "100M"), ROWS), (("800M",), ("bf16", "fp8", "fp4")),
+                (("800M",), ("bf16", "fp4-sr"))]
 
 
-# ---- time
+# ---- time: a burst is a function that measures something once, for some milliseconds
+
+def burst(f, n_calls=1, repeats=2, name=""):
+    """A burst that gives the GPU's ms for one of the n_calls calls in f, and its frequency.
+
+    The frequency is that at the end of f: a kernel that spins for a number of cycles is timed.
+    """
+    def measure():
+        start, stop, spin_start, spin_stop = [
+            torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        torch.cuda.synchronize()
+        f()                             # not timed: the host gets ahead, and the cache is f's own
+        start.record()
+        for _ in range(repeats):
+            f()
+        stop.record()
+        torch.cuda._sleep(SPIN_CYCLES // 10)    # Meanwhile the host launches what follows.
+        spin_start.record()
+        torch.cuda._sleep(SPIN_CYCLES)
+        spin_stop.record()
+        torch.cuda.synchronize()
+        ms = start.elapsed_time(stop) / (repeats * n_calls)
+        ghz = SPIN_CYCLES / spin_start.elapsed_time(spin_stop) / 1e6
+        return {name + "ms": ms, name + "ghz": ghz}
+
+    return measure
+
 
 def gpu_milliseconds(f, n=30):
-    """Median time of f on the GPU."""
-    for _ in range(3):
-        f()
-    events = []
-    for _ in range(n):
-        start = torch.cuda.Event(enable_timing=True)
-        stop = torch.cuda.Event(enable_timing=True)
-        start.record()
-        f()
-        stop.record()
-        events.append((start, stop))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+    """Median time of f on the GPU, compared with nothing."""
+    measure = burst(f)
+    return statistics.median(measure()["ms"] for _ in range(n))
+
+
+def in_turn(bursts, number):
+    """The bursts in the order of round `number`.
+
+    Two rounds go there and back, so that each burst comes early once and late once. The next two
+    begin with another burst.
+    """
+    first = number // 2 % max(1, len(bursts))       # There are none if no row fits into memory.
+    order = bursts[first:] + bursts[:first]
+    return order if number % 2 == 0 else order[::-1]
+
+
+def rounds(rows, n=ROUNDS):
+    """{row: {name: its values, one a round}}, of rows = {row: its bursts}.
+
+    In every round each burst of each row is measured once. One round more comes first and does not
+    count: it warms up, and a row that runs out of memory in it is left out, as one without bursts.
+    """
+    fitting = [row for row in rows if rows[row] and if_it_fits(run_all, rows[row])]
+    bursts = [(row, measure) for row in fitting for measure in rows[row]]
+    measured = {row: {} for row in fitting}
+    for number in range(n):
+        for row, measure in in_turn(bursts, number):
+            for name, value in measure().items():
+                measured[row].setdefault(name, []).append(value)
+    return measured
+
+
+def run_all(bursts):
+    for measure in bursts:
+        measure()
+    return True
+
+
+def medians(measured, base="bf16"):
+    """{row: its medians, and for each time that of the ratio to the base's in the same round}.
+
+    The ratio of "called_ms" is "called_ratio", and that of "ms" is "ratio". Without a base there
+    are none.
+    """
+    base_values = measured.get(base, {})
+    result = {}
+    for row, values in measured.items():
+        result[row] = {name: statistics.median(values[name]) for name in values}
+        for name in values:
+            if name.endswith("ms") and name in base_values:
+                pairs = zip(values[name], base_values[name], strict=True)
+                ratio = statistics.median(value / of_base for value, of_base in pairs)
+                result[row][name.removesuffix("ms") + "ratio"] = ratio
+    return result
 
 
 def captured(f):
@@ -93,31 +171,29 @@ def captured(f):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         f()
-    return graph.replay
+
+    def replay():
+        graph.replay()
+
+    replay.of = f                       # The graph reads what f refers to, so that must stay.
+    return replay
 
 
-def wall_seconds(f, n=10):
-    """Median time of f by the clock on the wall, host included."""
-    times = []
-    for _ in range(n):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        f()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def measure_if_it_fits(measure, *args):
-    """What measure(*args) returns, or {} when the GPU's memory does not suffice."""
+def if_it_fits(f, *args):
+    """What f(*args) returns, or None when the GPU's memory does not suffice."""
     try:
-        return measure(*args)
+        return f(*args)
     except torch.OutOfMemoryError:
-        return {}
-    finally:
-        torch._dynamo.reset()           # Each layer is compiled for its own shape.
-        gc.collect()
-        torch.cuda.empty_cache()
+        pass                            # From here on nothing refers to what was made before.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def clear_gpu():
+    torch._dynamo.reset()               # Each layer is compiled for its own shape.
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def log(*words):
@@ -148,12 +224,16 @@ def random_bf16(rows, columns):
 
 def kernels(backend, M=16384, K=4096):
     """The bytes that each kernel reads and writes a second, and their share of a copy's."""
+    calls = list(kernel_calls(M, K, backend.operand_format))
+    bursts = {i: [burst(f, repeats=10)] for i, (_, _, f) in enumerate(calls)}
+    times = medians(rounds(bursts), base=0)
+    copy_bytes = calls[0][1]
     measured = []
-    for name, bytes_per_value, f in kernel_calls(M, K, backend.operand_format):
-        ms = gpu_milliseconds(f)
+    for i, (name, bytes_per_value, _) in enumerate(calls):
+        ms = times[i]["ms"]
         rate = bytes_per_value * M * K / ms / 1e9
-        copy_rate = measured[0]["terabytes_per_s"] if measured else rate
-        measured.append(dict(name=name, ms=ms, terabytes_per_s=rate, of_copy=rate / copy_rate))
+        of_copy = bytes_per_value / copy_bytes / times[i]["ratio"]
+        measured.append(dict(name=name, ms=ms, terabytes_per_s=rate, of_copy=of_copy))
         log(f"{name}: {ms:.3f} ms")
     return measured
 
@@ -203,8 +283,9 @@ def backward_calls(x, packed, operand_format, dy_bytes, packed_x_bytes):
 
 
 def product(M, N, K, row, backend):
-    """y = x w.T alone, of operands that are quantised already. Those of fp4 are packed, and making
-    FP8 or BF16 of them counts here. The ops know the backend already."""
+    """The bursts of y = x w.T alone, replayed from a CUDA graph. The operands are quantised
+    already. Those of fp4 are packed, and making FP8 or BF16 of them counts here. The ops know the
+    backend already."""
     one = torch.ones((), device="cuda")
 
     def quantize(v):
@@ -224,8 +305,13 @@ def product(M, N, K, row, backend):
 
     w = quantize(random_bf16(N, K))
     n_inputs = inputs_beyond_cache(2 * M * K)
-    x = Rotating([quantize(random_bf16(M, K)) for _ in range(n_inputs)])
-    return dict(ms=gpu_milliseconds(lambda: multiply(x(), w)))
+    inputs = [quantize(random_bf16(M, K)) for _ in range(n_inputs)]
+
+    def products_of_all():
+        for x in inputs:
+            multiply(x, w)
+
+    return [burst(captured(products_of_all), n_inputs)]
 
 
 # ---- linears
@@ -247,6 +333,7 @@ def layer_and_inputs(M, N, K, row, backend):
 
 
 def linear(M, N, K, row, backend):
+    """The bursts of a linear: its forward pass and both passes, replayed, and both, called."""
     run, forward_and_backward, pairs = layer_and_inputs(M, N, K, row, backend)
 
     def forward_of_all():
@@ -257,21 +344,65 @@ def linear(M, N, K, row, backend):
         for pair in pairs:
             forward_and_backward(*pair)
 
-    pair = Rotating(pairs)
-    called = gpu_milliseconds(lambda: forward_and_backward(*pair()))
-    forward = gpu_milliseconds(captured(forward_of_all)) / len(pairs)
-    both = gpu_milliseconds(captured(both_of_all)) / len(pairs)
-    return dict(forward_ms=forward, backward_ms=both - forward, ms=both, called_ms=called)
+    both_of_all()                       # compiles, before anything is captured
+    n = len(pairs)
+    return [burst(captured(forward_of_all), n, name="forward_"),
+            burst(captured(both_of_all), n),
+            burst(both_of_all, n, name="called_")]
 
 
-def each(measure, shapes, rows, backend):
-    """measure for every shape and row; what does not fit into memory has no times."""
+def each(prepare, shapes, rows, backend):
+    """The times of every shape and row; what does not fit into memory beside the rows before it
+    has none. prepare returns the bursts of a row."""
     entries = []
-    for (M, N, K), row in itertools.product(shapes, rows):
-        times = measure_if_it_fits(measure, M, N, K, row, backend)
-        entries.append({"tokens": M, "out": N, "in": K, "row": row, **times})
-        log(f"{measure.__name__} {M}, {N}, {K} {row}, ms: {show(times.get('ms'), '.3f')}")
+    for M, N, K in shapes:
+        times = take_turns(prepare, (M, N, K), rows, backend)
+        clear_gpu()
+        for row in rows:
+            entry = {"tokens": M, "out": N, "in": K, "row": row, **times.get(row, {})}
+            if "forward_ms" in entry:
+                entry["backward_ms"] = entry["ms"] - entry["forward_ms"]
+            entries.append(entry)
+            log(f"{prepare.__name__} {M}, {N}, {K} {row}: {in_words(times.get(row))}")
     return entries
+
+
+def take_turns(prepare, shape, rows, backend):
+    bursts = {row: if_it_fits(prepare, *shape, row, backend) for row in rows}
+    return medians(rounds(bursts))
+
+
+def alone(shape, rows, backend):
+    """The GPU's time of each row's linear when it does not take turns but runs alone for some
+    seconds, so that the card settles at the frequency that this row leaves it."""
+    entries = []
+    for row in rows:
+        times = if_it_fits(settled_linear, *shape, row, backend)
+        clear_gpu()
+        entries.append({"row": row, **(times or {})})
+        log(f"alone {row}: {in_words(times)}")
+    return entries
+
+
+def settled_linear(M, N, K, row, backend):
+    _, both_passes, _ = linear(M, N, K, row, backend)
+    return settle(both_passes, SETTLING_SECONDS)
+
+
+def settle(measure, seconds):
+    """Medians of a burst that is measured again and again; the first half does not count."""
+    end = time.perf_counter() + seconds
+    measured = []
+    while time.perf_counter() < end:
+        measured.append(measure())
+    counted = measured[len(measured) // 2:]
+    return {name: statistics.median(values[name] for values in counted) for name in measured[0]}
+
+
+def in_words(times):
+    if not times:
+        return "out of memory"
+    return ", ".join(f"{name} {value:.3f}" for name, value in times.items())
 
 
 # Part of a kernel's name -> what the kernel is for, its number of products, and the bytes of memory
@@ -325,22 +456,19 @@ def part_of(kernel_name):
     return "everything else"
 
 
-# ---- training steps: a process for each size and row. They compile side by side, and each is timed
-# while the others wait.
+# ---- training steps: a process for each size and row. They compile side by side. Then this process
+# asks one after the other for a burst, and the others wait.
 
-class Shared:
-    """What the processes of side_by_side share; each process gets it when it starts."""
-    all_compiled = None                 # a barrier
-    clock = None                        # a lock, held by the process that is timed
+class Held:
+    """What a process that times a training step keeps from one request to the next."""
     backend = None                      # what build() returned
+    step = None                         # what training_step() returned
 
 
-def start_process(all_compiled, clock, cores, gemm):
-    Shared.all_compiled = all_compiled
-    Shared.clock = clock
+def start_process(cores, gemm):
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(cores)
     with contextlib.redirect_stderr(io.StringIO()):
-        Shared.backend = fp4.build(gemm)        # The first process has said what runs.
+        Held.backend = fp4.build(gemm)          # The first process has said what runs.
 
 
 def training_step(size, row, batch, seq, backend):
@@ -367,44 +495,84 @@ def training_step(size, row, batch, seq, backend):
     return step
 
 
-def timed_step(size, row):
-    batch, seq = STEPS[size]
-    try:
-        step = training_step(size, row, batch, seq, Shared.backend)
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-    finally:
-        Shared.all_compiled.wait()
-    with Shared.clock:
-        torch.cuda.reset_peak_memory_stats()
-        seconds = wall_seconds(step)
-        peak = torch.cuda.max_memory_allocated()
-        return dict(ms=1000 * seconds, tokens_per_s=batch * seq / seconds, peak_gib=peak / 2 ** 30)
+def prepare_step(size, row):
+    step = training_step(size, row, *STEPS[size], Held.backend)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    Held.step = step
+    return True
+
+
+def time_step():
+    """The burst of a step, by the clock on the wall, host included."""
+    Held.step()                         # not timed: the process wakes up
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    Held.step()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return dict(ms=1000 * seconds, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+
+
+def ask_for_time(process): return process.submit(time_step).result()
 
 
 def side_by_side(jobs, gemm):
-    """timed_step for each (size, row) of jobs; what does not fit into memory has no times."""
+    """{(size, row): times} of the jobs that fit into memory together. Rows of one size take turns.
+    """
     context = multiprocessing.get_context("spawn")
-    n = len(jobs)
-    shared = context.Barrier(n), context.Lock(), max(1, os.cpu_count() // n), gemm
-    with concurrent.futures.ProcessPoolExecutor(n, context, start_process, shared) as pool:
-        futures = [pool.submit(measure_if_it_fits, timed_step, *job) for job in jobs]
-        return [future.result() for future in futures]
+    shared = max(1, os.cpu_count() // len(jobs)), gemm
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for job in jobs:
+            pool = concurrent.futures.ProcessPoolExecutor(1, context, start_process, shared)
+            processes[job] = stack.enter_context(pool)
+        ready = {job: processes[job].submit(if_it_fits, prepare_step, *job) for job in jobs}
+        fitting = [job for job in jobs if ready[job].result()]
+        all_times = {}
+        for size in dict.fromkeys(size for size, _ in fitting):
+            bursts = {row: [functools.partial(ask_for_time, processes[size, row])]
+                      for other, row in fitting if other == size}
+            times_of_size = medians(rounds(bursts, STEP_ROUNDS))
+            all_times.update({(size, row): times for row, times in times_of_size.items()})
+        return all_times
 
 
 def steps(sizes, gemm):
     """Yields everything that has been measured so far, after each group of steps."""
-    entries = []
+    entries = {}
     for together, rows in SIDE_BY_SIDE:
         jobs = [(size, row) for size in together if size in sizes for row in rows]
-        all_times = side_by_side(jobs, gemm) if jobs else []
-        for (size, row), times in zip(jobs, all_times):
-            if not times:               # It did not fit beside the others, but may fit alone.
-                times = side_by_side([(size, row)], gemm)[0]
-            entries.append(dict(size=size, row=row, **times))
-            log(f"step {size} {row}, ms: {show(times.get('ms'), '.1f')}")
-        yield entries
+        all_times = side_by_side(jobs, gemm) if jobs else {}
+        for size, row in jobs:
+            if "ms" in entries.get((size, row), {}):
+                continue                # It is bf16, which each group has for its ratios.
+            times = all_times.get((size, row)) or with_fewer_beside((size, row), jobs, gemm)
+            entries[size, row] = step_entry(size, row, times)
+            log(f"step {size} {row}: {in_words(times)}")
+        yield list(entries.values())
+
+
+def with_fewer_beside(job, tried, gemm):
+    """The times of a step that did not fit beside all that was tried: beside bf16, or else alone,
+    where there is no ratio to bf16."""
+    bf16 = (job[0], "bf16")
+    for attempt in ([bf16, job], [job]):
+        if len(set(attempt)) == len(attempt) < len(tried):
+            times = side_by_side(attempt, gemm).get(job)
+            if times:
+                return times
+    return {}
+
+
+def step_entry(size, row, times):
+    entry = dict(size=size, row=row, **times)
+    if "ms" in entry:
+        batch, seq = STEPS[size]
+        entry["tokens_per_s"] = 1000 * batch * seq / entry["ms"]
+    return entry
 
 
 # ---- main
@@ -423,11 +591,13 @@ def measure_parts(args, backend, is_full_run, results):
         yield "products", each(product, shapes, rows, backend)
     if args.only in (None, "linears"):
         yield "linears", each(linear, list(dict.fromkeys(shapes + widths)), ROWS, backend)
+        yield "alone", alone(SHAPES[0], ROWS, backend)
     if is_full_run:                     # After what is timed: profiling slows the host for good.
         rates = [2 * math.prod(shape(entry)) / entry["ms"] * 1000
                  for entry in results["products"] if "ms" in entry]
         copy_bandwidth = results["kernels"][0]["terabytes_per_s"] * 1e12
         yield "where", where(*SHAPES[0], max(rates), copy_bandwidth, backend)
+        clear_gpu()
     if args.only in (None, "steps"):
         for entries in steps(["tiny", "30M"] if args.quick else STEPS, args.gemm):
             yield "steps", entries
