@@ -1,4 +1,5 @@
-"""Markdown tables, and what rewrites the part of a README between two markers."""
+"""Markdown tables and lists, and what rewrites the part of a README between two markers."""
+import textwrap
 
 
 def table(head, lines):
@@ -19,6 +20,15 @@ def format_row(row, widths):
     first = row[0].ljust(widths[0])
     others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
     return "| " + " | ".join([first, *others]) + " |"
+
+
+def bullets(paragraphs):
+    """A list with these paragraphs, in lines of 100 columns."""
+    items = []
+    for paragraph in paragraphs:
+        items.append(textwrap.fill(paragraph, 100, initial_indent="- ", subsequent_indent="  ",
+                                   break_long_words=False, break_on_hyphens=False))
+    return "\n".join(items)
 
 
 def replaced(text, body, name):

@@ -1,23 +1,32 @@
 """
-Several runs side by side: a table of their losses and speeds, and pictures of their curves.
+Several runs side by side: a table of their losses, and pictures of their curves.
 
 Runs that differ in nothing but the seed share a label, and are one row of the table. The first row
-is what all others are compared with. Its gap to another row is taken seed by seed, because two
-runs with the same seed start from the same weights and see the same batches: what differs between
-them is mostly the precision, while two seeds may end much further apart.
+is what all others are compared with, and fp4 is a second such row. A gap is taken seed by seed,
+because two runs with the same seed start from the same weights and see the same batches: what
+differs between them is mostly the precision, while two seeds may end much further apart.
+
+The end point is the final validation loss: it is what a conclusion rests on. The gap at the first
+evaluation is secondary. There the seeds often differ less; but what differs there need not differ
+at the end.
+
+Beside a gap stands half its 95 % interval, from the row's own seeds or, between fp4 and its
+variants, from what all of these rows say together (tools/gaps.py says when each is right). Rows of
+another kind are not pooled: they differ more between seeds, or less.
 """
+import collections
 import itertools
 import os
 import statistics
 from typing import NamedTuple, Optional
 
 from data.files import atomic_write, atomic_write_text, check
+from fp4.recipes import RECIPES
 from tools import markdown
-from tools.run import label
+from tools.gaps import Gap, Pool, gaps_to, pool_of, smallest_visible
+from tools.run import NO_KERNELS, label
 
 NO_PICTURE = "(no picture: matplotlib is not installed)"
-ABOUT_GAPS = ("A gap is the mean over the seeds, of two runs with the same seed, "
-              "± its standard error;\n(noise): less than twice that.")
 FEW_RUNS = 6                            # Up to here a picture has room for the training losses.
 COLORS = ("0.4", "C3", "C0", "C2", "C1", "C4")
 DASHES = ("-", "--", ":", "-.")
@@ -32,10 +41,9 @@ def report(runs, path):
     """
     check_one_corpus(runs)
     check_files(path)
-    rows = table(runs)
-    body = text(rows, max(run.config.get("jobs") or 1 for run in runs))
-    lines = [",".join(map(csv_field, line)) + "\n" for line in (Row._fields, *rows)]
-    atomic_write_text(path + ".csv", "".join(lines))
+    found = table(runs)
+    body = text(found)
+    atomic_write_text(path + ".csv", csv_text(found.rows))
     picture = draw_curves(path + ".svg", histories_by_label(runs))
     print(f"\n{body}\n\n{path}.csv, curves: {picture}")
     return body, picture
@@ -48,33 +56,6 @@ def check_one_corpus(runs):
         values = ", ".join(f"{value} in {name}" for value, name in names.items())
         check(len(names) < 2, f"these runs are of different corpora and cannot stand in one table: "
                               f"{part} {values}")
-
-
-def check_files(path):
-    """Raises UserError if path.csv is not an earlier table, or path.svg a picture without one."""
-    if is_table(path + ".csv"):
-        return
-    for name in (path + ".csv", path + ".svg"):
-        check(not os.path.lexists(name),
-              f"{name} is not of an earlier table, and would be replaced: choose another --name")
-
-
-def is_table(path):
-    """Does a file begin like one that report() has written?"""
-    beginning = ",".join(Row._fields).encode()
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(beginning)) == beginning
-    except OSError:
-        return False
-
-
-def csv_field(value):
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return str(round(value, 6))
-    return str(value)
 
 
 def by_label(runs):
@@ -99,117 +80,252 @@ class Row(NamedTuple):
     seeds: int
     diverged: int                       # number of seeds that diverged
     val: Optional[float]                # final validation loss, mean of the seeds that did not
-    gap: Optional[float]                # to the first row at the end: mean over the seeds
-    error: Optional[float]              # its standard error
-    noise: bool                         # Is the gap below twice its standard error?
-    to_fp4: Optional[float]             # the same three to fp4, where that is among the runs
-    to_fp4_error: Optional[float]
-    to_fp4_noise: bool
+    gap: Gap                            # to the first row at the end
+    to_fp4: Gap                         # to fp4 at the end, if that is another row
     first: int                          # the step of the first evaluation
-    early: Optional[float]              # the gap to the first row at that step. There the seeds
-    early_error: Optional[float]        # differ less: each learns to copy at another step.
-    tokens_per_s: float                 # median over all steps
+    early: Gap                          # at that step, to fp4 or else to the first row
+    tokens_per_s: Optional[float]       # median of all steps of the runs that shared no machine
     memory: str                         # peak memory
 
 
-class Gap(NamedTuple):
-    mean: Optional[float] = None
-    error: Optional[float] = None       # standard error of the mean; None of fewer than two pairs
-    noise: bool = False                 # Is the mean below twice its standard error?
+class Table(NamedTuple):
+    rows: list                          # of Row
+    reference: str                      # fp4, or the first row: what early gaps are to
+    pool: Optional[Pool]                # of fp4 and its variants at the end
+    early_pool: Optional[Pool]          # and at the first evaluation
+    facts: list                         # sentences on where the runs come from
 
 
 def table(runs):
-    """The Rows of these runs, one for each label."""
+    """The Table of these runs."""
     groups = by_label(runs)
-    base = next(iter(groups.values()))
-    fp4 = groups.get("fp4", {})
-    return [make_row(name, seeds, base, fp4) for name, seeds in groups.items()]
+    base = next(iter(groups))
+    reference = second_reference(groups) or base
+    step = first_evaluation(groups)
+    final = final_losses(groups)
+    early = losses_after(groups, step)
+    pool = pool_of(final, variants(groups))
+    early_pool = pool_of(early, variants(groups))
+
+    to_base = gaps_to(base, final, pool)
+    to_fp4 = {}
+    if reference != base:
+        to_fp4 = gaps_to(reference, final | {base: {}}, pool)    # base has it as a gap to base
+    gaps = (to_base, to_fp4, gaps_to(reference, early, early_pool))
+    rows = []
+    for name, seeds in groups.items():
+        rows.append(make_row(name, seeds, step, *(found.get(name, Gap()) for found in gaps)))
+    return Table(rows, reference, pool, early_pool, provenance(runs))
 
 
-def make_row(name, seeds, base, fp4):
-    """The Row of one label. seeds, base (the first row) and fp4 are {seed: run}."""
-    good = {seed: run for seed, run in seeds.items() if not run.diverged}
-    steps = [step for run in seeds.values() for step in run.history]
-    to_base = Gap()
-    to_base_early = Gap()
-    to_fp4 = Gap()
-    if seeds is not base:
-        to_base = paired_gap(good, base, -1)
-        to_base_early = paired_gap(good, base, 0)
-        if fp4 not in (seeds, base):
-            to_fp4 = paired_gap(good, fp4, -1)
+def second_reference(groups):
+    """fp4, if that is not the first row and if there is a third one; else None."""
+    base = next(iter(groups))
+    others = groups.keys() - {base, "fp4"}
+    return "fp4" if "fp4" in groups and others else None
+
+
+def variants(groups):
+    """The labels of fp4 and its variants."""
+    return [name for name, seeds in groups.items() if all(map(is_variant, seeds.values()))]
+
+
+def is_variant(run):
+    """Is this a run of fp4, or of a variant that multiplies in 4 bits in the forward pass?"""
+    precision = run.config["precision"]
+    is_fp4 = precision.split("-")[0] == "fp4" and precision in RECIPES
+    return is_fp4 and RECIPES[precision].forward and run.config.get("forward") != "off"
+
+
+def final_losses(groups):
+    """{label: {seed: final validation loss}} of the runs that did not diverge."""
+    losses = {}
+    for name, seeds in groups.items():
+        losses[name] = {seed: run.vals[-1] for seed, run in seeds.items() if not run.diverged}
+    return losses
+
+
+def losses_after(groups, step):
+    """{label: {seed: validation loss after a step}} of the runs that did not diverge."""
+    losses = {name: {} for name in groups}
+    for name, seeds in groups.items():
+        for seed, run in seeds.items():
+            found = [row.val for row in run.history if row.step == step and row.val is not None]
+            if found and not run.diverged:
+                losses[name][seed] = found[0]
+    return losses
+
+
+def first_evaluation(groups):
+    """The step of the first evaluation of the first row that has one, or 0."""
+    for seeds in groups.values():
+        for run in seeds.values():
+            for row in run.history:
+                if row.val is not None:
+                    return row.step
+    return 0
+
+
+def make_row(name, seeds, step, to_base, to_fp4, early):
+    """The Row of one label; seeds is {seed: run}."""
+    good = [run for run in seeds.values() if not run.diverged]
+    alone = [run for run in seeds.values() if not shares_machine(run)]
+    speeds = [row.tokens_per_s for run in alone for row in run.history]
     return Row(
         run=name,
         seeds=len(seeds),
         diverged=len(seeds) - len(good),
-        val=mean([run.vals[-1] for run in good.values()]),
-        gap=to_base.mean,
-        error=to_base.error,
-        noise=to_base.noise,
-        to_fp4=to_fp4.mean,
-        to_fp4_error=to_fp4.error,
-        to_fp4_noise=to_fp4.noise,
-        first=next((step.step for step in steps if step.val is not None), 0),
-        early=to_base_early.mean,
-        early_error=to_base_early.error,
-        tokens_per_s=statistics.median([step.tokens_per_s for step in steps] or [0]),
+        val=statistics.mean(run.vals[-1] for run in good) if good else None,
+        gap=to_base,
+        to_fp4=to_fp4,
+        first=step,
+        early=early,
+        tokens_per_s=statistics.median(speeds) if speeds else None,
         memory=next((run.memory for run in seeds.values() if run.memory), ""),
     )
 
 
-def paired_gap(runs, base, evaluation):
-    """The Gap of runs to base, both {seed: run}, over the seeds that diverged in neither.
-
-    evaluation says which of the validation losses is compared: 0 is the first, -1 the last.
-    """
-    gaps = []
-    for seed, run in runs.items():
-        if seed in base and not base[seed].diverged:
-            gaps.append(run.vals[evaluation] - base[seed].vals[evaluation])
-    if len(gaps) < 2:
-        return Gap(mean(gaps))
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5
-    return Gap(mean(gaps), error, abs(mean(gaps)) < 2 * error)
+def shares_machine(run):
+    """Did other runs train on the same machine, so that its speed is not its own?"""
+    return (run.config.get("jobs") or 1) > 1
 
 
-def mean(values): return statistics.mean(values) if values else None
+# ---- where the runs come from
+
+def provenance(runs):
+    """Sentences on the states of the code, the machines and the corpora that these runs are of."""
+    states = count_values(map(state_of_code, runs))
+    facts = [f"The runs are of {len(states)} states of the code: {in_words(states)}."]
+    if len(states) == 1:
+        facts = [f"All runs are of one state of the code: {state_of_code(runs[0])}."]
+    if any("-dirty" in state and "-dirty-" not in state for state in states):
+        facts.append("What differs from the commit in a dirty one is not recorded.")
+    devices = count_values(run.device for run in runs)
+    if len(devices) > 1:
+        facts.append(f"{len(devices)} devices: {in_words(devices)}.")
+    jobs = count_values(run.config.get("jobs") or 1 for run in runs)
+    if max(jobs) > 1:
+        facts.append(f"Runs at a time: {in_words(jobs)}; where several share a machine, none has a "
+                     "speed of its own.")
+    n_unknown = sum(not run.corpus for run in runs)
+    if n_unknown:
+        facts.append(f"Whether all runs had the same corpus is not recorded in {n_unknown} of "
+                     f"{len(runs)} logs.")
+    mixed = mixed_backends(runs)
+    if mixed:
+        facts.append(f"Emulated in some seeds, computed by kernels in others: {', '.join(mixed)}.")
+    return facts
+
+
+def state_of_code(run):
+    """The commit that trained a run, or those, where it was resumed with another."""
+    resumed = [entry.get("commit", "not recorded") for entry in run.resumed]
+    return ", then ".join(dict.fromkeys([run.commit, *resumed]))
+
+
+def count_values(values):
+    """{value: how often it occurs}, the most frequent first."""
+    return dict(collections.Counter(values).most_common())
+
+
+def in_words(counts):
+    """What count_values() returns, such as 8322953 (38 runs), 4e74935 (19)."""
+    first, *others = counts.items()
+    listed = [f"{first[0]} ({first[1]} runs)", *(f"{value} ({n})" for value, n in others)]
+    return ", ".join(listed)
+
+
+def mixed_backends(runs):
+    """The rows that kernels computed in some seeds and PyTorch in others."""
+    rows = []
+    for name, seeds in by_label(runs).items():
+        backends = {run.backend for run in seeds.values()}
+        if NO_KERNELS in backends and len(backends) > 1:
+            rows.append(name)
+    return rows
+
+
+# ---- the table as CSV
+
+def csv_text(rows):
+    """The rows as the text of a CSV file, at full precision."""
+    lines = [csv_columns(), *map(csv_fields, rows)]
+    return "".join(",".join(line) + "\n" for line in lines)
+
+
+def csv_columns():
+    """The names of the columns: of a Gap, gap, gap_half, gap_own, gap_p and gap_holm."""
+    names = []
+    for name, kind in Row.__annotations__.items():
+        names.append(name)
+        if kind is Gap:
+            names += [f"{name}_{field}" for field in Gap._fields[1:]]
+    return names
+
+
+def csv_fields(row):
+    fields = []
+    for value in row:
+        fields += map(csv_field, value if isinstance(value, Gap) else [value])
+    return fields
+
+
+def csv_field(value):
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.8g}"
+    return str(value)
+
+
+def check_files(path):
+    """Raises UserError if path.csv is not an earlier table, or path.svg a picture without one."""
+    if is_table(path + ".csv"):
+        return
+    for name in (path + ".csv", path + ".svg"):
+        check(not os.path.lexists(name),
+              f"{name} is not of an earlier table, and would be replaced: choose another --name")
+
+
+def is_table(path):
+    """Does a file begin like one that report() has written, now or in an earlier version?"""
+    beginning = ",".join(csv_columns()[:5]).encode() + b","
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
 # ---- the table as text
 
-def text(rows, jobs):
-    """The rows as Markdown that can be read in a terminal as well.
-
-    jobs is the number of runs that trained at the same time.
-    """
-    several_seeds = max(row.seeds for row in rows) > 1
-    columns = list(make_columns(rows, several_seeds))
+def text(table):
+    """A Table as Markdown that can be read in a terminal as well."""
+    several_seeds = max(row.seeds for row in table.rows) > 1
+    columns = list(make_columns(table, several_seeds))
     head = [heading for heading, _ in columns]
     lines = list(zip(*[cells for _, cells in columns]))
-    notes = []
-    if several_seeds:
-        notes.append(ABOUT_GAPS)
-    if jobs > 1:
-        notes.append(f"tokens/s: of each of {jobs} runs that share the machine.")
-    blank = [""] if notes else []
-    return "\n".join([markdown.table(head, lines), *blank, *notes])
+    return f"{markdown.table(head, lines)}\n\n{markdown.bullets(notes_on(table))}"
 
 
-def make_columns(rows, several_seeds):
+def make_columns(table, several_seeds):
     """Yields (heading, [cell of each row]) for each column that has something to show."""
-    base = rows[0]
+    rows = table.rows
     yield "run", [row.run for row in rows]
     if several_seeds:
         yield "seeds", [str(row.seeds) for row in rows]
     yield "val loss", [format_val(row, several_seeds) for row in rows]
-    yield f"gap to {base.run}", [format_gap(row.gap, row.error, row.noise) for row in rows]
-    if any(row.to_fp4 is not None for row in rows):
-        yield "gap to fp4", [
-            format_gap(row.to_fp4, row.to_fp4_error, row.to_fp4_noise) for row in rows
-        ]
-    yield f"after {base.first:,} steps", [format_early_gap(row, base) for row in rows]
-    yield "tokens/s", [f"{row.tokens_per_s:,.0f}" for row in rows]
+    yield f"gap to {rows[0].run}", [format_gap(row.gap) for row in rows]
+    if any(row.to_fp4.mean is not None for row in rows):
+        yield "gap to fp4", [format_gap(row.to_fp4) for row in rows]
+    yield secondary(table), [format_early(row.early) for row in rows]
+    if any(row.tokens_per_s is not None for row in rows):
+        yield "tokens/s", [format_speed(row.tokens_per_s) for row in rows]
     yield "peak memory", [row.memory or "n/a" for row in rows]
+
+
+def secondary(table):
+    return f"secondary: to {table.reference}, step {table.rows[0].first:,}"
 
 
 def format_val(row, several_seeds):
@@ -224,23 +340,94 @@ def format_val(row, several_seeds):
     return " ".join(parts)
 
 
-def format_gap(gap, error, noise=False):
-    """A gap, such as +0.0400 ± 0.0058 (noise)."""
-    if gap is None:
+def format_gap(gap):
+    """A gap, such as +0.0400 ± 0.0058 * or +0.0400 ± 0.0900 (not told apart)."""
+    if gap.half is None or gap.is_told_apart:
+        return format_early(gap)
+    return f"{format_early(gap)} (not told apart)"
+
+
+def format_early(gap):
+    """A gap without the words that say what its interval shows."""
+    if gap.mean is None:
         return ""
-    parts = [f"{gap:+.4f}"]
-    if error is not None:
-        parts.append(f"± {error:.4f}")
-    if noise:
-        parts.append("(noise)")
+    parts = [f"{gap.mean:+.4f}"]
+    if gap.half is not None:
+        parts.append(f"± {gap.half:.4f}")
+    if gap.is_found:
+        parts.append("*")
     return " ".join(parts)
 
 
-def format_early_gap(row, base):
-    """The gap at the first evaluation, unless that of the first row was at another step."""
-    if row.first != base.first:
-        return ""
-    return format_gap(row.early, row.early_error)
+def format_speed(tokens_per_s):
+    return "" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
+
+
+# ---- the notes below it
+
+ONE_SEED = "One seed: nothing here tells a gap from chance. `--seeds 3` gives each gap an interval."
+ABOUT_GAPS = (
+    "The end point is the final validation loss. A gap is the mean, over the seeds, of the "
+    "difference between two runs with the same seed, ± half its 95 % interval. Two rows are told "
+    "apart if that leaves out zero. `*`: even if all gaps of the column are tested at once (Holm's "
+    "method); whoever searches the table for its best row should trust only these."
+)
+
+
+def notes_on(table):
+    """Paragraphs on what the intervals are made of, what they could have shown, and of what."""
+    facts = " ".join(table.facts)
+    if max(row.seeds for row in table.rows) == 1:
+        return [ONE_SEED, facts]
+    notes = [ABOUT_GAPS]
+    if table.pool:
+        notes += [about_pool(table.pool), about_power(table.pool)]
+    else:
+        notes.append("± is from the row's own seeds (Student's t).")
+    return [*notes, about_secondary(table), facts]
+
+
+def about_pool(pool):
+    """Which intervals are pooled, and whether the rows look as if they may be."""
+    return (
+        "± between fp4 and its variants that multiply in 4 bits in the forward pass is from what "
+        f"these {len(pool.rows)} rows say together: a standard error of {pool.error:.4f}, with "
+        f"{pool.df} degrees of freedom. Two of them are told apart if they differ by more than "
+        f"{pool.half:.4f}. {evenness(pool)} Everywhere else ± is from the row's own seeds "
+        "(Student's t)."
+    )
+
+
+def evenness(pool):
+    """Do the rows of a pool look as if their seeds spread alike?"""
+    often = f"in {pool.p_alike * 100:.0f} % of cases"
+    premise = "This takes the seeds of these rows to spread alike"
+    if pool.is_alike:
+        return f"{premise}; rows that do look at least as uneven as these {often}."
+    return (f"{premise}, which is in doubt: {pool.widest} has {pool.share * 100:.0f} % of all "
+            f"squared deviations, and of rows that do, one has as much {often}. So where a row's "
+            "own interval is wider, it stands here.")
+
+
+def about_power(pool):
+    """How small a gap these runs could have shown."""
+    gap = smallest_visible(pool.error, pool.df)
+    at_best = "" if pool.is_alike else " at best"
+    return (f"A gap below {gap:.3f} between two of these rows would probably not have been seen: "
+            f"one of {gap:.3f} is told apart with a probability of 80 %{at_best}.")
+
+
+def about_secondary(table):
+    """What the column of the first evaluation shows, and what it cannot."""
+    step = table.rows[0].first
+    note = (f"secondary: the gap to {table.reference} after {step:,} steps. What differs there "
+            "need not differ at the end.")
+    pool = table.early_pool
+    if pool:
+        note += (f" The pooled standard error is {pool.error:.4f}, with {pool.df} degrees of "
+                 "freedom: two of these rows are told apart there if they differ by more than "
+                 f"{pool.half:.4f}. {evenness(pool)}")
+    return note
 
 
 # ---- pictures

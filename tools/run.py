@@ -12,6 +12,8 @@ A run lives in the folder OUT/NAME:
 import contextlib
 import csv
 import datetime
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -22,13 +24,17 @@ import zipfile
 from typing import NamedTuple, Optional
 
 from data import locks
-from data.files import UserError, atomic_write_text, check
+from data.files import UserError, atomic_write_text, check, sha256_of
 from fp4.recipes import AXES, variant_name
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CODE = (".py", ".cu", ".cuh", ".cpp", ".h")     # what a change of makes another program
 
 # Settings that do not change which model comes out of a run. All others are its identity: if they
 # are equal to those in the log of a folder, then the folder holds the same run.
 NOT_IDENTITY = ("resume", "discard", "out", "name", "sample", "sample_tokens", "seeds", "jobs",
                 "keep", "allow_changes")
+NO_KERNELS = "not used"                 # quartet.backend_description() of a row without kernels
 LENGTHS = ("steps", "tokens", "tokens_per_param")
 # A corpus is known by its content. How it is called matters only where the content is not known.
 CORPUS_NAMES = ("data", "vocab")
@@ -194,15 +200,49 @@ def log_head(config, device_name, backend_description, corpus=None):
     return "".join(line + "\n" for line in lines)
 
 
+@functools.cache
 def git_commit():
-    """The commit of this source tree, with -dirty where files differ from it."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "describe", "--always", "--dirty"]
+    """
+    The commit of this source tree, and what differs from it: see state_of_tree().
+
+    It is asked once, because a process goes on with the code that it has begun with.
+    """
+    return state_of_tree(ROOT)
+
+
+def state_of_tree(folder):
+    """
+    The commit of a source tree, such as 1a2b3c4; "unknown" without git.
+
+    Where code differs from it, or is not in it, -dirty- follows and a hash of that code: two trees
+    with other changes have other names.
+    """
+    commit = git(folder, "describe", "--always").strip()
+    if not commit:
+        return "unknown"
+    changed = git(folder, "diff", "--name-only", "--no-renames", "--relative", "-z", "HEAD", "--")
+    untracked = git(folder, "ls-files", "--others", "--exclude-standard", "-z")
+    names = {name for name in (changed + untracked).split("\0") if name.endswith(CODE)}
+    if not names:
+        return commit
+    state = hashlib.sha256()
+    for name in sorted(names):
+        try:
+            content = sha256_of(os.path.join(folder, name))
+        except OSError:
+            content = "removed"
+        state.update(f"{name}\0{content}\0".encode(errors="surrogateescape"))
+    return f"{commit}-dirty-{state.hexdigest()[:8]}"
+
+
+def git(folder, *arguments):
+    """What a command of git says about a folder; "" without git, or where it fails."""
+    command = ["git", "-C", folder, *arguments]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape")
     except OSError:
-        commit = ""
-    return commit or "unknown"
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def log_row(row):
@@ -214,11 +254,10 @@ def log_row(row):
 
 
 def log_resumed(step, changed):
-    """The line that says after which step a run went on, and which settings are new from there.
-
-    changed is what changes() returns.
-    """
-    return f"# resumed {json.dumps(dict(step=step, changes=changed))}\n"
+    """The line that says after which step a run went on, with which code, and which settings are
+    new from there: changed is what changes() returns."""
+    entry = dict(step=step, changes=changed, commit=git_commit())
+    return f"# resumed {json.dumps(entry)}\n"
 
 
 def log_end(memory):
@@ -302,8 +341,10 @@ class Run(NamedTuple):
     date: str                           # when it was finished, its last step evaluated; "": not
     memory: str                         # peak memory, such as "1.03 GiB"
     corpus: dict                        # the identity of its Corpus; {}: in an older log
-    resumed: list                       # of {"step": n, "changes": what changes() returned}
+    resumed: list                       # of the dictionaries that log_resumed() writes
     divergence: str                     # the sentence with which it diverged; "": it did not
+    commit: str                         # of the code that began it, as git_commit() gives it
+    backend: str                        # what computed its FP4 products; NO_KERNELS: nothing did
 
     @property
     def vals(self):
@@ -367,7 +408,7 @@ def make_run(lines):
     if not (history and history[-1].val is not None):
         date = ""                       # How good it is in the end has yet to be evaluated.
     return Run(config, head["device"], history, date, memory, corpus, resumed,
-               head.get("diverged", ""))
+               head.get("diverged", ""), head.get("commit", "unknown"), head.get("fp4", NO_KERNELS))
 
 
 def check_types(config, corpus, resumed):

@@ -5,11 +5,12 @@ with several seeds; then the most promising variants again, four times as long.
     make ablation                               # on a GPU; without one, two rows of the tiny model
     python -m tools.study --seeds 2 --jobs 14   # the same with other flags of quartet.py
     python -m tools.study tools/study.csv out/study/*/log.csv       # only its tables, no training
+    python -m tools.study tools/study.csv --against luq-int4        # prints gaps to another row
 
 Runs go seed by seed, so that what is there at any time can be compared, and the long ones first.
 What is worth keeping of their logs, which is the head and the evaluated steps, goes to study.csv.
-The third command makes the tables from finished runs alone. `python quartet.py --help` lists the
-flags.
+The third command makes the tables from finished runs alone, and the last one writes nothing.
+`python quartet.py --help` lists the flags.
 """
 import glob
 import os
@@ -39,7 +40,7 @@ from model import PRESETS, count_params
 from tools.ablation import compare, finish
 from tools.markdown import replaced
 from tools.report import (NO_PICTURE, by_label, check_one_corpus, draw_gap, histories_by_label,
-                          report)
+                          report, table, text)
 from tools.run import (LENGTHS, label, parse_log, read_text, resumed_otherwise, split_logs,
                        thin_log)
 
@@ -83,22 +84,46 @@ def main(argv):
 
     Arguments that end in .csv are files of finished runs: then nothing is trained.
     """
-    files = [argument for argument in argv if argument.endswith(".csv")]
-    failure = None
-    if not files:
-        if not torch.cuda.is_available():
-            compare_without_gpu(argv)
-            return
-        out, configs = study_runs(argv)
-        _, failure = finish(configs, quartet.train, quartet.__file__)
-        files = glob.glob(os.path.join(out, "*", "log.csv"))
+    if any(argument.endswith(".csv") for argument in argv):
+        show_finished(argv)
+        return
+    if not torch.cuda.is_available():
+        compare_without_gpu(argv)
+        return
+    out, configs = study_runs(argv)
+    _, failure = finish(configs, quartet.train, quartet.__file__)
     try:
-        logs = finished_logs(files)
+        logs = finished_logs(glob.glob(os.path.join(out, "*", "log.csv")))
     except UserError as error:
         raise failure or error
     write_results(logs)
     if failure:
         raise failure
+
+
+def show_finished(argv):
+    """Write the tables of finished runs into README.md, or print those of --against."""
+    parser = cli.Parser("python -m tools.study", __doc__)
+    parser.add_argument("files", nargs="+", help="log.csv of runs, or study.csv")
+    parser.add_argument("--against", metavar="ROW", help="print the gaps to this row, no more")
+    arguments = parser.parse_args(argv)
+    logs = finished_logs(arguments.files)
+    if arguments.against:
+        print_against(arguments.against, logs)
+    else:
+        write_results(logs)
+
+
+def print_against(row, logs):
+    """Print the tables with another row first. Raises UserError if there is no such row."""
+    tables = []
+    for runs in by_length([parse_log(log) for log in logs]):
+        groups = by_label(runs)
+        if row in groups:
+            others = [run for run in runs if run not in groups[row].values()]
+            tables.append(text(table([*groups[row].values(), *others])))
+    check(tables, f"no run is called {row}")
+    print("\n\n".join(tables))
 
 
 # ---- what is trained
