@@ -3,6 +3,7 @@ What does low precision cost, and which precision is best? The scaling law of Qu
 (arXiv 2505.14669, section 4), fitted to the authors' runs or to yours.
 
     python -m tools.scaling fit                     # the law, its uncertainty and predictions
+    python -m tools.scaling validate                # how wrong it is about runs it has not seen
     python -m tools.scaling regions                 # the best precision by size and tokens
     python -m tools.scaling advise --params 1.5B --tokens 100B
                                                     # the same for one model, with the reasons
@@ -24,6 +25,7 @@ def parse(argv):
     parser = cli.Parser("python -m tools.scaling", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     add_fit(commands)
+    add_validate(commands)
     add_regions(commands)
     add_advise(commands)
     add_sweep(commands)
@@ -50,6 +52,13 @@ def add_fit(commands):
     add_runs(command, "runs", nargs="?")
     command.add_argument("--picture", default="out/law.svg",
                          help="where it is drawn; default: out/law.svg")
+
+
+def add_validate(commands):
+    command = add_command(commands, "validate",
+                          "how wrong both forms of the law are about runs they were not fitted to")
+    command.add_argument("runs", nargs="*",
+                         help="CSV files of runs; default: both papers', which takes two minutes")
 
 
 def add_regions(commands):
@@ -98,11 +107,12 @@ if __name__ == "__main__":
 import numpy as np
 
 # These need numpy and no torch, so that an answer takes seconds.
-from tools.scaling import advise, fitting, law, pictures, regions, runs, speeds
+from tools.scaling import advise, crossval, fitting, law, pictures, regions, runs, speeds
 from tools.scaling.advise import format_count, format_range
 
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 MOST = 1e30                             # Beyond it the law's terms would overflow.
+FEW_DRAWS = 20                          # for what is printed without its interval
 NOT_DETERMINED = "not determined"       # stands in place of an interval
 NOT_TOLD = {
     "alpha": ": these runs do not tell what size does",
@@ -125,12 +135,10 @@ def parse_count(text):
 
 
 def load(path):
-    """Returns the runs of a file, the authors' if it is None, and what fitting.fit_all makes of
-    them."""
+    """Returns the runs of a file, the authors' if it is None, and says what was left out."""
     points, left_out = runs.read(runs.PAPER if path is None else path)
     print_left_out(left_out)
-    base, methods, unfitted = fitting.fit_all(points)
-    return points, base, methods, unfitted
+    return points
 
 
 def print_left_out(sentences):
@@ -141,13 +149,19 @@ def print_left_out(sentences):
 # ---- fit
 
 def cmd_fit(args):
-    points, base, methods, unfitted = load(args.runs)
+    points = load(args.runs)
+    base, methods, unfitted = fitting.fit_all(points, fitting.PAPER)
     print_base_law(base, points[law.BF16])
-    print_efficiencies(points, methods)
+    print("\nThe paper's form, eff_N and eff_D:")
+    print_methods(points, methods, (law.LN_EFF_N, law.LN_EFF_D))
     for sentence in unfitted:
         print(sentence)
+    base, methods, _ = fitting.fit_all(points, fitting.LASTING)
+    print("\nThe lasting form, eff_N at 100 tokens a parameter and delta, a share of the loss:")
+    print_methods(points, methods, (law.LN_EFF_N, law.DELTA))
     print_composed(points, base, methods)
-    print_held_out(list(fitting.held_out(points[law.BF16])))
+    print_misfit(base)
+    print_held_out(list(crossval.held_out(points[law.BF16])))
     print(pictures.law_picture(args.picture, points, base, methods))
 
 
@@ -194,18 +208,33 @@ def format_interval(draws):
     return NOT_DETERMINED
 
 
-def print_efficiencies(points, methods):
-    print(f"\n{'forward : backward':52s} runs  {'eff_N':>6s}  {'90 %':15s} {'eff_D':>6s}  90 %")
+def print_methods(points, methods, coefficients):
+    """Prints two coefficients of each method with their 90 % intervals, and what was refused."""
+    header = f"{'forward : backward':52s} runs"
+    for i in coefficients:
+        name = law.NAMES[i].removeprefix("ln ").replace("ln(1+delta)", "delta")
+        header += f"  {name:>6s}  {'90 %':15s}"
+    print(header.rstrip())
     for method, fit in methods.items():
-        n, _, _ = points[method]
-        line = f"{' : '.join(method):52.52s} {len(n):4d}  "
-        for i in fitting.EFF:
-            if fit.theta[i]:
-                interval = format_interval(exp_capped(fit.draws[:, i]))
-                line += f"{np.exp(fit.theta[i]):6.3f}  {interval:15s} "
-            else:                       # It is BF16's, which is 1 and is not fitted.
-                line += " " * 24
+        line = f"{' : '.join(method):52.52s} {len(points[method][0]):4d}"
+        for i in coefficients:
+            line += format_coefficient(fit, i)
         print(line.rstrip())
+    for fit in methods.values():
+        for sentence in fit.refused:
+            print(sentence)
+
+
+def format_coefficient(fit, i):
+    """Writes a coefficient of a method and its interval; blanks where it is BF16's."""
+    if not fit.theta[i]:
+        return " " * 25
+    if i == law.DELTA:
+        low, high = np.expm1(np.quantile(fit.draws[:, i], (.05, .95)))
+        interval = f"{low:.2%} - {high:.2%}"
+        return f"  {np.expm1(fit.theta[i]):6.2%}  {interval:15s}"
+    interval = format_interval(exp_capped(fit.draws[:, i]))
+    return f"  {np.exp(fit.theta[i]):6.3f}  {interval:15s}"
 
 
 def print_composed(points, base, methods):
@@ -221,15 +250,28 @@ def print_composed(points, base, methods):
               f"{error.mean():+.4f} with its sign")
 
 
+def print_misfit(base):
+    """Says by how much the law is wrong about runs that it was not fitted to."""
+    if not base.misfit:
+        print("\nToo few runs to leave any out: no interval knows what the law gets wrong.")
+        return
+    print(f"\nRuns whose size, or tokens a parameter, were left out of the fit are off by "
+          f"{base.misfit:.2%} of their loss\n(standard deviation). Every interval has it.")
+    if len(base.sizes) <= fitting.FEW_SIZES:
+        print("No size could be left out: another size than these has twice that deviation.")
+
+
 def print_held_out(rows):
-    print("\nBF16 runs predicted by a fit to others    runs   mean error   largest   "
-          "inside the 90 % interval")
+    """Prints how far off predictions of BF16 runs are, and of how many distinct ones."""
+    print("\nBF16 runs predicted by a fit to others  predictions  runs  mean error  with sign  "
+          "largest  inside the 90 % interval")
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
-        error = np.array([abs(row.predicted - row.measured) for row in of_kind])
+        distinct = len({(row.N, row.D) for row in of_kind})
+        error = np.array([row.predicted - row.measured for row in of_kind])
         inside = np.mean([row.low <= row.measured <= row.high for row in of_kind])
-        print(f"{kind:40s}  {len(error):4d}   {error.mean():10.4f}   {error.max():7.4f}   "
-              f"{inside:23.0%}")
+        print(f"{kind:38s} {len(error):12d} {distinct:5d}  {abs(error).mean():10.4f}  "
+              f"{error.mean():+9.4f}  {abs(error).max():7.4f}  {inside:23.0%}")
     for row in rows:
         if row.kind == "twice the size":
             print(f"    {format_count(row.N)} on {format_count(row.D)} tokens, from the "
@@ -239,10 +281,29 @@ def print_held_out(rows):
         print("(too few runs to leave any out)")
 
 
+# ---- validate
+
+TABLE_HEAD = (
+    f"{'':39s}{fitting.PAPER.name:^28s} {fitting.LASTING.name:^28s}\n"
+    f"{'runs of':12s} {'passes':8s} {'left out':16s}"
+    + f" {'runs':>4s} {'|error|':>7s} {'error':>8s} {'inside':>6s}" * 2)
+
+
+def cmd_validate(args):
+    print(TABLE_HEAD)
+    for path in args.runs or [runs.PAPER, runs.SECOND]:
+        rows = list(crossval.validate(load(path)))
+        print("\n".join(crossval.table(os.path.basename(path), rows)))
+    print("error: predicted less measured gap to BF16 of the same size and tokens, in BF16 of the "
+          "loss;\ninside: share of the losses inside the 90 % interval")
+
+
 # ---- regions
 
 def cmd_regions(args):
-    points, base, methods, _ = load(args.runs)
+    points = load(args.runs)
+    base, methods, _ = fitting.fit_all(points, fitting.LASTING)
+    paper = fitting.fit_all(points, fitting.PAPER, FEW_DRAWS)[:2]
     is_measured = os.path.exists(speeds.BENCH)
     gpus = args.gpu or ["bops", "rtx5090"]
     if is_measured and not args.gpu:
@@ -260,6 +321,7 @@ def cmd_regions(args):
     for panel, precisions in zip(panels, tables):
         print(f"\n{panel.name}: {panel.source}")
         print_boundaries(precisions, panel)
+        print_paper_boundaries(*paper, panel, fp4_methods)
         print_models(precisions, panel)
     if not args.gpu and not is_measured:
         print("\nThis machine was not measured: on a GPU, `make bench` writes "
@@ -270,9 +332,12 @@ def cmd_regions(args):
     print(pictures.region_picture(args.picture, panels, tables, points))
 
 
+SIZES = (1e8, 1e9, 7e9, 7e10)           # whose boundaries are printed
+
+
 def print_boundaries(precisions, panel):
     """Prints from how many tokens a parameter on each precision is the best, for four sizes."""
-    for N in (1e8, 1e9, 7e9, 7e10):
+    for N in SIZES:
         first, *others = regions.boundaries(precisions, panel, N)
         line = f"  {format_count(N):>4s} parameters: {first[0]}"
         for name, ratio, low, high in others:
@@ -281,6 +346,18 @@ def print_boundaries(precisions, panel):
         if panel.outside(N):
             line += "  [this size was not measured]"
         print(line)
+
+
+def print_paper_boundaries(base, methods, panel, fp4_methods):
+    """Prints the same by the paper's form, without intervals, in a line."""
+    precisions = regions.four_precisions(base, methods, panel, *fp4_methods)
+    precisions = regions.with_known_law(precisions, *fp4_methods)
+    sizes = []
+    for N in SIZES:
+        steps = [f"{name} from {ratio:.0f}"
+                 for name, ratio, _, _ in regions.boundaries(precisions, panel, N)]
+        sizes.append(f"{format_count(N)} {', '.join(steps)}")
+    print(f"  by the paper's form: {'; '.join(sizes)}")
 
 
 def print_models(precisions, panel):
@@ -301,8 +378,10 @@ def cmd_advise(args):
     N = parse_count(args.params)
     D = parse_count(args.tokens)
     gpu_speeds = speeds.for_gpu(args.gpu)
-    points, base, methods, _ = load(args.runs)
-    advise.advise(points, base, methods, gpu_speeds, N, D)
+    points = load(args.runs)
+    base, methods, _ = fitting.fit_all(points, fitting.LASTING)
+    paper = fitting.fit_all(points, fitting.PAPER, FEW_DRAWS)[:2]
+    advise.advise(points, base, methods, paper, gpu_speeds, N, D)
 
 
 def cmd_collect(args):
@@ -323,6 +402,7 @@ def cmd_sweep(args):
 
 COMMANDS = {
     "fit": cmd_fit,
+    "validate": cmd_validate,
     "regions": cmd_regions,
     "advise": cmd_advise,
     "sweep": cmd_sweep,

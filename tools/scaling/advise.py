@@ -86,31 +86,38 @@ def evaluate(precisions, N, D):
     return Answer(N, D, np.array(losses), wins / drawn.shape[1])
 
 
-def advise(runs, base, methods, speeds, N, D):
+def three_answers(precisions, fw, tr, N, D):
+    """Answers the three questions, for the speedups fw and tr of each precision."""
+    ones = np.ones(len(precisions))
+    return (evaluate(precisions, N * ones, D * ones),
+            evaluate(precisions, N * ones, D * tr),
+            evaluate(precisions, N * fw, D * tr / fw))
+
+
+def advise(runs, base, methods, paper, speeds, N, D):
     """
     Prints the table of the three questions, the best precision for each budget, and how far
     outside the runs all that is.
+
+    paper is (base, methods) by the paper's form of the law, which may advise something else.
     """
     precisions = compared_precisions(base, methods, speeds)
-    speedups = [regions.speedups(speeds, precision.forward, precision.backward, "bf16", N)
-                for precision in precisions]
-    fw, tr = np.array(speedups).T
-    ones = np.ones(len(precisions))
-    same_run = evaluate(precisions, N * ones, D * ones)
-    same_training = evaluate(precisions, N * ones, D * tr)
-    same_both = evaluate(precisions, N * fw, D * tr / fw)
+    fw, tr = np.array([
+        regions.speedups(speeds, precision.forward, precision.backward, "bf16", N)
+        for precision in precisions]).T
+    answers = three_answers(precisions, fw, tr, N, D)
+    by_paper = compared_precisions(*paper, speeds)
+    paper_answers = three_answers(by_paper, fw, tr, N, D)
 
     print(f"{format_count(N)} parameters, {format_count(D)} tokens ({D / N:.3g} a parameter); "
           f"{speeds.name}: {speeds.source}\n")
-    print_table(precisions, fw, tr, same_run, same_training, same_both)
-    print_choice("training", precisions, same_training)
-    print_choice("inference and training", precisions, same_both)
-    print()
+    print_table(precisions, fw, tr, *answers)
+    print_choices(precisions, answers, by_paper, paper_answers)
     if any(row.name == "FP8:FP8" and row.fit is base for row in precisions):
         print("FP8 is given BF16's loss, as in the paper.")
     for sentence in speeds.steps:
         print(sentence)
-    print_extrapolation(runs[law.BF16], speeds, N, D, max(same_both.N), max(same_training.D))
+    print_extrapolation(runs[law.BF16], speeds, N, D, max(answers[2].N), max(answers[1].D))
     print_reach_of_efficiencies(runs, methods)
 
 
@@ -136,6 +143,14 @@ def print_table(precisions, fw, tr, same_run, same_training, same_both):
           "(fp4-sr).\n")
 
 
+def print_choices(precisions, answers, by_paper, paper_answers):
+    """Prints the choice for both budgets, and that of the paper's form of the law."""
+    for i, budget in enumerate(("training", "inference and training"), 1):
+        print_choice(budget, precisions, answers[i])
+        print_paper_choice(by_paper, paper_answers[i])
+    print()
+
+
 def print_choice(budget, precisions, answer):
     """Prints the best precision for a budget, what comes next, and why."""
     losses = answer.loss[:, 0]
@@ -148,15 +163,26 @@ def print_choice(budget, precisions, answer):
 
     N = answer.N[best]
     D = answer.D[best]
-    eff_N, eff_D = np.exp(precisions[best].fit.theta[fitting.EFF])
+    theta = precisions[best].fit.theta
+    eff_N = np.exp(theta[law.LN_EFF_N] * (D / N / 100) ** theta[law.TILT])
+    delta = np.expm1(theta[law.DELTA])
     if best == 0:
         reason = "What is faster loses more than its speed can buy back"
     else:
         reason = (f"BF16's time pays for {format_count(N)} parameters on {format_count(D)} tokens")
-    if eff_N != 1 or eff_D != 1:
-        reason += (f", worth {format_count(N * eff_N)} on {format_count(D * eff_D)} of BF16 "
-                   f"(eff_N {eff_N:.2f}, eff_D {eff_D:.2f})")
+    if eff_N != 1:
+        reason += f", worth {format_count(N * eff_N)} of BF16 (eff_N {eff_N:.2f})"
+    if delta:
+        reason += f", at {delta:.1%} more loss"
     print(f"    {reason}.")
+
+
+def print_paper_choice(precisions, answer):
+    """Prints which precision the paper's form of the law would choose for the same budget."""
+    losses = answer.loss[:, 0]
+    best, second = losses.argsort(kind="stable")[:2]
+    print(f"    By the paper's form: {precisions[best].name}, loss {losses[best]:.3f}; "
+          f"next {precisions[second].name}, {losses[second]:.3f}.")
 
 
 # ---- how far outside the runs
@@ -184,7 +210,8 @@ def print_extrapolation(points, speeds, N, D, most_N, most_D):
         if outside:
             print(f"{subject} is EXTRAPOLATED: {'; '.join(outside)}.")
     if any(question + bought):
-        print("The intervals do not know what the law gets wrong outside the runs.")
+        print("The intervals know what the law gets wrong one size, or twice the tokens, outside "
+              "the runs; not farther.")
 
 
 def print_reach_of_efficiencies(runs, methods):
