@@ -42,8 +42,7 @@ def train_bpe(texts, size):
             continue
         if counts[pair] < 2:
             break
-        # A pair may be a token already, though rarely: its bytes can be joined in two ways.
-        ranks.setdefault(pair, len(ranks))
+        ranks[pair] = len(ranks)
         for new_pair in merge_everywhere(pair, words, weights, counts, words_with):
             heapq.heappush(heap, (-counts[new_pair], new_pair))
     return ranks

@@ -95,10 +95,12 @@ def build(folder, work, parts, ranks, about):
     for name, (passages, n_bytes) in parts.items():
         sizes[name] = write(os.path.join(work, name), passages, n_bytes, vocabulary)
     # What is listed can be cleaned even if this stops halfway. The training tokens are removed
-    # first and moved last: where they are, everything is.
+    # first and moved last: where they are, everything is, and its record is true but for the
+    # fingerprint.
     names = [VOCAB_FILE, *parts]
+    counts = read_record(folder).get("counts", {}) | sizes
     write_record(folder, names, **about, vocab_size=vocabulary.size,
-                 vocabulary=vocabulary.fingerprint, fingerprint=None)
+                 vocabulary=vocabulary.fingerprint, counts=counts, fingerprint=None)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, names[-1]))
     for name in names:

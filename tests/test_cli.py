@@ -373,6 +373,18 @@ def test_an_output_that_takes_nothing_ends_in_a_sentence(redirection, code, sent
     assert done.stderr.count("\n") == bool(sentence) and sentence in done.stderr
 
 
+def test_what_was_not_written_to_a_full_disk_is_noticed(monkeypatch):
+    # Python keeps back a line without its end, and would try to write it after the exit code.
+    code = ("import sys; from tools import cli\n"
+            "sys.exit(cli.run(lambda argv: print('half a line', end=''), []))")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "quartet: cannot read, write or print: No space left on device\n"
+
+
 def test_an_output_that_is_not_utf8_raises_nothing():
     done = start("", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert done.returncode == 0 and done.stdout.startswith("0 \\u2192 \\udcff\n"), done.stderr

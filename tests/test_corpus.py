@@ -8,10 +8,12 @@ import codecs
 import errno
 import fcntl
 import gzip
+import itertools
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -219,7 +221,9 @@ def test_a_vocabulary_comes_back_from_its_state_which_is_made_of_plain_types(nam
 
 
 def test_every_vocabulary_has_a_fingerprint_of_its_own():
+    same_size = {token: rank for token, rank in RANKS.items() if rank < 257} | {b"abd": 257}
     others = [tokenizer.Vocabulary(778), tokenizer.Own({**RANKS, b"abcd": 258}),
+              tokenizer.Own(same_size),
               tokenizer.Characters(5, {0: "a", 1: "b", 2: "\n", 3: "é"})]
     every = [*VOCABULARIES.values(), *others]
     assert len({vocabulary.fingerprint for vocabulary in every}) == len(every)
@@ -415,6 +419,9 @@ def test_a_type_is_noticed_from_32_tokens_on_and_not_in_a_file_of_odd_length(tmp
     # 2-byte tokens, an odd number of them, every second one a separator with id 0
     np.array([7, 0] * 500 + [7], np.uint16).tofile(path)
     layout.open_file(path)
+    # The same with another id, in a vocabulary that is too small to fill the lower half of a number
+    np.array([[token, 1] for token in range(2, 4002)], np.uint16).tofile(path)
+    layout.open_file(path)
 
 
 @pytest.mark.parametrize("magic", [20240520, 20240801])
@@ -501,7 +508,12 @@ def test_a_cut_anywhere_loses_nothing(tmp_path):
     text = f"é{END}日本{END}{END}🤗<|endof{END}|>\n"
     raw = text.encode()
     (tmp_path / "a").write_bytes(raw)
+    # What may not be cut: each END, and each character outside of them.
+    parts = re.findall(f"{re.escape(END)}|.", text, re.S)
+    starts = list(itertools.accumulate([len(part.encode()) for part in parts], initial=0))
     for i in range(len(raw) + 1):
+        head, *_ = split.read([split.Piece("a", str(tmp_path / "a"), 0, i)])
+        assert len(head.text.encode()) == min(start for start in starts if start >= i)
         for j in (i, i + 1, len(raw)):
             bounds = [0, i, min(j, len(raw)), len(raw)]
             pairs = zip(bounds, bounds[1:])
@@ -637,6 +649,13 @@ def test_what_is_no_file_and_no_folder_is_refused(odd_files, here, name, words):
     assert not here.exists()
 
 
+def test_a_text_on_the_memory_disk_is_data():
+    for path in ("/dev/shm", "/dev/shm/notes.txt", "/devices", "/home/dev/notes.txt"):
+        assert not texts.is_system(path), path
+    for path in ("/dev", "/dev/shmem", "/sys/kernel", "/home/../proc/cpuinfo"):
+        assert texts.is_system(path), path
+
+
 def test_a_folder_of_absurd_size_is_refused_with_its_count_before_it_is_read(tmp_path, monkeypatch):
     for i in range(20):
         (tmp_path / f"{i}").write_text("x" * 100)
@@ -699,6 +718,12 @@ def test_what_is_the_matter_with_a_file_is_said(tmp_path, content, words):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     refused(prepare.prepare, str(path), out=str(tmp_path / "out"), words=[f"'notes.txt' {words}"])
+
+
+def test_a_file_that_ends_inside_a_character_is_no_text(tmp_path):
+    (tmp_path / "a").write_bytes("naïve é".encode()[:-1])
+    assert texts.examine(str(tmp_path / "a")) == (
+        None, "not UTF-8", "has byte 0xC3 at 7, which is not UTF-8")
 
 
 def test_of_many_files_the_first_are_named(tmp_path):
@@ -846,7 +871,8 @@ def test_a_killed_process_holds_no_lock(holder, tmp_path):
     holder.wait()
     assert os.path.exists(path) and not locks.is_held(path)
     with locks.hold(path, "go away"):
-        pass
+        words = (tmp_path / "folder" / "lock").read_text()
+        assert re.fullmatch(rf"process {os.getpid()} on \S+, started [-\d]+ [:\d]+", words)
     assert not os.path.exists(path)
 
 
@@ -871,14 +897,37 @@ def test_a_first_signal_is_noted_and_one_a_second_later_stops(context, words, mo
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with context() as stop:
         assert not stop.is_asked
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        # The second counts from the first signal on, which also says what stopped the process.
+        for seconds, number in ((0, signal.SIGTERM), (0.6, signal.SIGUSR1), (0.4, signal.SIGUSR1)):
+            now[0] += seconds
+            os.kill(os.getpid(), number)
             assert stop.is_asked
-            now[0] += 1
+        with pytest.raises(Stopped) as stopped:
+            stop.raise_if_asked()
+        assert stopped.value.signal_number == signal.SIGTERM
         now[0] += 0.1
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == words
+
+
+@pytest.mark.parametrize("number, kind", [
+    (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped), (signal.SIGHUP, Stopped),
+    (signal.SIGUSR1, Stopped),
+])
+def test_each_signal_that_asks_to_stop_becomes_an_exception_and_none_is_swallowed(number, kind):
+    # The handler of before, so that a signal without one does not end the tests.
+    earlier = signal.signal(number, lambda *_: None)
+    try:
+        with pytest.raises(kind) as stopped, signals.become_exceptions():
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)
+            except Exception:                   # as in a program that goes on after any fault
+                pass
+        assert getattr(stopped.value, "signal_number", signal.SIGINT) == number
+    finally:
+        signal.signal(number, earlier)
 
 
 def test_files_that_were_not_made_here_are_never_overwritten(notes, tmp_path):
@@ -893,7 +942,143 @@ def test_files_that_were_not_made_here_are_never_overwritten(notes, tmp_path):
         os.remove(out / name)
 
 
+def test_a_link_that_was_not_made_here_is_never_overwritten(notes, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.bin").symlink_to("on-a-disk-that-is-not-mounted")
+    refused(prepare.prepare, str(notes), 300, out=str(tmp_path / "out"),
+            words=["has a train.bin that was not made here"])
+    assert os.listdir(tmp_path / "out") == ["train.bin"]
+
+
+def test_a_record_lists_all_files_that_were_ever_made(tmp_path):
+    prepared.write_record(str(tmp_path), ["b.bin"], source="b")
+    prepared.write_record(str(tmp_path), ["a.bin"], vocab_size=300)
+    assert prepared.read_record(str(tmp_path)) == {
+        "made_by": "quartet", "files": ["a.bin", "b.bin"], "source": "b", "vocab_size": 300}
+
+
+def test_a_record_of_another_program_is_none(folder):
+    for record in ({"files": ["train.bin"]}, {"made_by": "another", "files": ["train.bin"]}):
+        (folder / "corpus.json").write_text(json.dumps(record))
+        assert prepared.read_record(str(folder)) == {}
+        assert clean.clean_folder(str(folder)).startswith("left alone")
+        refused(prepared.write_record, str(folder), ["x.bin"], words=["has a corpus.json that was"])
+
+
+class Crash(BaseException):
+    """What a power cut is to these tests."""
+
+
+def crash_after(monkeypatch, n):
+    """Lets n calls of os.replace and os.remove through, and none after them."""
+    calls = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) > n:
+                raise Crash
+            return function(*args, **kwargs)
+        return call
+
+    for name in ("replace", "remove"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+def made_of(folder):
+    return [(folder / name).read_bytes() for name in ("train.bin", "val.bin", "vocab.tiktoken")]
+
+
+def counts_of(folder): return prepared.read_record(str(folder))["counts"]
+
+
+def test_a_preparation_that_was_killed_anywhere_is_begun_again(tmp_path, monkeypatch):
+    # What was made of another text has lost a file. What is made of this one takes its place.
+    path = tmp_path / "text.txt"
+    for name, word in (("old", "word"), ("new", "number")):
+        path.write_text("".join(f"{word} {i} of a text\n" for i in range(100)))
+        prepare.prepare(str(path), 270, out=str(tmp_path / name))
+    (tmp_path / "old" / "val.bin").unlink()
+    out = tmp_path / "out"
+    is_killed = True
+    n = -1
+    while is_killed:
+        n += 1
+        shutil.copytree(tmp_path / "old", out)
+        with monkeypatch.context() as patched:
+            crash_after(patched, n)
+            try:
+                prepare.prepare(str(path), 270, out=str(out))
+                is_killed = False
+            except Crash:
+                pass
+        if build.is_ready(str(out), 270):
+            assert made_of(out) == made_of(tmp_path / "new"), n
+            assert counts_of(out) == counts_of(tmp_path / "new"), n
+        prepare.prepare(str(path), 270, out=str(out))
+        assert made_of(out) == made_of(tmp_path / "new"), n
+        shutil.rmtree(out)
+    assert n > 5
+
+
+def test_the_vocabulary_is_trained_on_a_sample_from_everywhere(tmp_path, monkeypatch):
+    sampled = []
+    train_bpe = build.bpe.train_bpe
+
+    def noted(passages, size):
+        sampled.extend(passages)
+        return train_bpe(sampled, size)
+
+    monkeypatch.setattr(build.bpe, "train_bpe", noted)
+    monkeypatch.setattr(build, "SAMPLE_CHARACTERS", 10_000)
+    monkeypatch.setattr(split, "PIECE_BYTES", 1_000)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i:09}\n" for i in range(10_000)))
+    prepare.prepare(str(path), 300, out=str(tmp_path / "out"))
+    # Of the 90 pieces that are trained on, every tenth; each has 100 lines.
+    places = [int(text[:9]) for text in sampled]
+    assert places == [*range(0, 9_000, 1_000)]
+    # Long passages, as C4's, end before the sample does.
+    passages = [split.Passage(True, "x" * 4_000)] * 9
+    assert len(list(build.sample(passages))) == 3
+
+
+def test_the_record_counts_tokens_and_bytes(tmp_path):
+    path = tmp_path / "text.txt"
+    out = tmp_path / "out"
+    for text in ("日本語 naïve\n" * 900, "another text\n" * 900):
+        path.write_text(text)
+        made = open_corpus(prepare.prepare(str(path), 300, out=str(out)))
+        counts = prepared.read_record(str(out))["counts"]
+        assert counts["train.bin"][0] == len(made.train[0])
+        assert counts["val.bin"][0] == len(made.val[0])
+        assert counts["train.bin"][1] + counts["val.bin"][1] == len(text.encode())
+        assert counts["val.bin"][1] == len(made.vocabulary.decode(made.val[0].tolist()).encode())
+        (out / "val.bin").unlink()              # Now it is made again.
+
+
 # ---- cleaning
+
+def test_a_clean_that_was_stopped_anywhere_can_be_repeated(tmp_path, monkeypatch):
+    is_stopped = True
+    n = -1
+    while is_stopped:
+        n += 1
+        here = tmp_path / str(n)
+        prepared.write_record(str(here / "made"), ["train.bin", "val.bin"])
+        for name in ("train.bin", "val.bin", prepared.FACTS):
+            (here / "made" / name).write_text("")
+        with monkeypatch.context() as patched:
+            crash_after(patched, n)
+            try:
+                clean.clean(str(here))
+                is_stopped = False
+            except Crash:
+                pass
+        clean.clean(str(here))
+        assert os.listdir(here) == [], n
+    assert n == 4
+
 
 @pytest.fixture
 def data(notes, here):
@@ -994,6 +1179,15 @@ def test_any_python_can_clean(tmp_path):
 
 
 # ---- what tells two corpora apart
+
+def test_the_identity_of_a_corpus_tells_its_tokens_and_vocabulary(folder):
+    opened = open_corpus(str(folder))
+    assert opened.identity == {"fingerprint": opened.fingerprint, "vocab_size": 50257,
+                               "vocabulary": tokenizer.Gpt2().fingerprint}
+    larger = open_corpus(str(folder), 50304)
+    changed = {name for name, value in larger.identity.items() if opened.identity[name] != value}
+    assert changed == {"vocabulary", "vocab_size"}
+
 
 def test_the_fingerprint_is_of_validation_files_too(folder):
     first = open_corpus(str(folder)).fingerprint

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import pytest
 import regex
 
 from data import (
-    bpe, build, download, files, prepare, prepared, split, texts, tokenizer, tokens, web)
+    bpe, build, download, files, prepare, prepared, progress, split, texts, tokenizer, tokens, web)
 from data.corpus import open_corpus
 from data.files import UserError
 from data.tokens import TokenWriter, open_tokens
@@ -90,6 +91,50 @@ def test_an_interrupted_atomic_write_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    called = []
+    fsync = os.fsync
+    replace = os.replace
+
+    def forced(number):
+        called.append(("to the disk", os.fstat(number).st_size))
+        fsync(number)
+
+    def moved(source, target):
+        called.append(("name", os.path.getsize(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(os, "replace", moved)
+    files.atomic_write_text(str(tmp_path / "file"), "naïve")
+    assert called == [("to the disk", 6), ("name", 6)]
+    assert (tmp_path / "file").read_bytes() == "naïve".encode()
+
+
+# ---- progress bars
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stderr, is_shown", [
+    (None, False), (io.StringIO(), False), (Terminal(), True)], ids=["closed", "file", "terminal"])
+def test_a_bar_shows_only_on_a_terminal(monkeypatch, stderr, is_shown):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with progress.bar_on_terminal(total=3) as bar:
+        assert bar.disable != is_shown
+        bar.update()
+    assert stderr is None or bool(stderr.getvalue()) == is_shown
+
+
+def test_the_bar_of_a_download_that_goes_on_begins_where_it_stopped(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.progress_bar("somewhere/text.gz", 4000, 1000) as bar:
+        assert (bar.n, bar.total, bar.desc) == (1000, 4000, "text.gz")
+        assert "1.00k/4.00k" in str(bar) and "25%" in str(bar)
+
+
 # ---- token files
 
 def test_the_three_layouts_are_told_apart_and_read(tmp_path):
@@ -136,14 +181,28 @@ def test_a_path_with_glob_characters_is_a_path(tmp_path):
     (b"PK\3\4" + bytes(100), "a zip file"),
     (b"\x93NUMPY" + bytes(100), "a NumPy file"),
     (b"Once upon a time\n" * 10, "looks like text"),
-    # The 1024th byte lies inside a character.
-    ("naïve 日本語\n".encode() * 99, "looks like text"),
+    # The 1024th byte is the first of a character.
+    (("x" + "naïve 日本語\n" * 99).encode(), "looks like text"),
 ])
 def test_a_damaged_or_foreign_file_is_refused_in_a_sentence(tmp_path, content, words):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(UserError) as error:
         open_tokens(str(tmp_path / "x.bin"))
     sentence(error, "x.bin", words)
+
+
+def test_shards_are_in_the_order_of_their_names(tmp_path):
+    for i in (3, 1, 10, 2):
+        make(tmp_path / f"train_{i:02}.bin", range(i, 20))
+    firsts = [int(shard[0]) for shard in open_tokens(str(tmp_path / "*train*.bin"))]
+    assert firsts == [1, 2, 3, 10]
+
+
+@pytest.mark.parametrize("vocab, width", [(257, 2), (65536, 2), (65537, 4), (1 << 20, 4)])
+def test_the_width_of_tokens_is_the_smallest_that_holds_the_vocabulary(tmp_path, vocab, width):
+    shard, = open_tokens(make(tmp_path / "x.bin", [0, vocab - 1, 7], vocab))
+    assert shard.dtype.itemsize == width
+    assert shard.tolist() == [0, vocab - 1, 7]
 
 
 def test_a_missing_file_or_an_empty_glob_is_refused_with_what_to_do(tmp_path):
@@ -288,18 +347,43 @@ def test_the_example_in_the_docstring_is_what_happens():
 
 def test_the_fast_trainer_makes_the_merges_of_a_plain_one():
     text = source_text() + "aaaaaaa abababa " * 9
+    ranks = plain_bpe(text, 600)
+    assert list(bpe.train_bpe([text], 600).items()) == list(ranks.items())
+
+
+def plain_bpe(text, size):
+    """Trains a vocabulary as train_bpe() does, but counts every pair anew for each merge."""
     words = [[bytes([b]) for b in word.encode()] for word in regex.findall(bpe.PATTERN, text)]
     ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < 600:
-        # Every pair is counted anew for each merge.
+    while len(ranks) < size:
         pairs = collections.Counter(a + b for word in words for a, b in zip(word, word[1:]))
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=b"")
+        if pairs[best] < 2:
+            return ranks
         ranks.setdefault(best, len(ranks))
         for word in words:
             for i in range(len(word)):
                 if b"".join(word[i:i + 2]) == best and len(word[i:]) > 1:
                     word[i:i + 2] = [best]
-    assert list(bpe.train_bpe([text], 600).items()) == list(ranks.items())
+    return ranks
+
+
+def test_the_fast_trainer_makes_the_merges_of_a_plain_one_from_few_letters_too():
+    # Of few letters most pairs overlap with themselves and with their neighbours.
+    for seed in range(60):
+        rng = random.Random(seed)
+        letters = "ab"[:1 + seed % 2]
+        words = ["".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(20)]
+        text = " ".join(words)
+        expected = plain_bpe(text, 300)
+        assert list(bpe.train_bpe([text], 300).items()) == list(expected.items()), seed
+
+
+def test_text_is_cut_into_words_as_documented():
+    text = "The cat's 1234567 = (x)\n\n  if  y:"
+    words = ["The", " cat", "'s", " ", "123", "456", "7", " =", " (", "x", ")\n\n", " ", " if",
+             " ", " y", ":"]
+    assert regex.findall(bpe.PATTERN, text) == words
 
 
 def test_tiktoken_applies_the_merges_as_they_were_learnt():
@@ -313,6 +397,12 @@ def test_tiktoken_applies_the_merges_as_they_were_learnt():
                 pass
         learnt += word
     assert tokenizer.Own(ranks).encode(text) == [ranks[token] for token in learnt]
+
+
+def test_a_vocabulary_with_a_rank_twice_is_refused():
+    lines = tokenizer.to_lines({bytes([b]): b for b in range(256)} | {b"ab": 255})
+    with pytest.raises(ValueError):
+        tokenizer.from_lines(lines.splitlines())
 
 
 def test_encoding_loses_nothing(tmp_path):
@@ -424,6 +514,28 @@ def test_a_changed_file_is_another_corpus_and_its_name_tells_whose(tmp_path):
     assert before == prepare.corpus_name(str(tmp_path / "notes.txt"))
     (tmp_path / "notes.txt").write_text("other text")
     assert prepare.corpus_name(str(tmp_path / "notes.txt")) != before
+
+
+def test_the_folder_of_a_corpus_tells_its_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "HERE", "data")
+    assert prepare.default_folder("c4", None) == "data/c4"
+    assert prepare.default_folder("c4", 2048) == "data/c4-2048"
+    assert prepare.default_folder("fineweb", 50257) == "data/fineweb"
+    (tmp_path / "notes.txt").write_text("some text")
+    name = prepare.corpus_name(str(tmp_path / "notes.txt"))
+    assert prepare.default_folder(str(tmp_path / "notes.txt"), 300) == f"data/{name}-300"
+
+
+def test_passages_are_encoded_in_groups_and_none_is_lost(monkeypatch):
+    monkeypatch.setattr(build, "GROUP_CHARACTERS", 10)
+    lengths = [3, 8, 11, 1, 1, 9, 10, 0, 40, 2]
+    passages = [split.Passage(True, "x" * length) for length in lengths]
+    grouped = list(build.groups(passages))
+    assert sum(grouped, []) == passages
+    for group in grouped:
+        sizes = [len(passage.text) for passage in group]
+        assert sum(sizes[:-1]) <= 10
+        assert sum(sizes) > 10 or group is grouped[-1]
 
 
 def test_a_complete_corpus_is_left_alone_and_a_broken_one_is_made_again(folder, tmp_path):
@@ -584,7 +696,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/redirect"):
             self.send_response(302)
             self.send_header("Location", self.path.replace("/redirect", ""))
-            self.send_header("X-Linked-Etag", f'"{server.etag}"')
+            if server.etag:
+                self.send_header("X-Linked-Etag", f'"{server.etag}"')
+            self.send_header("ETag", '"' + "cd" * 32 + '"')
             self.end_headers()
             return
         start = 0
@@ -699,6 +813,20 @@ def test_a_checksum_given_or_published_on_a_redirect_is_checked(server, tmp_path
         assert os.listdir(tmp_path / name) == []
 
 
+def test_an_etag_is_no_checksum(server, tmp_path):
+    assert get(server, tmp_path / "a") == server.body
+    assert get(server, tmp_path / "b", "/redirect/file") == server.body
+
+
+def test_each_try_waits_a_second_longer_than_the_one_before(server, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(download.time, "sleep", waited.append)
+    server.status = 503
+    with pytest.raises(UserError):
+        get(server, tmp_path)
+    assert waited == [0, 1, 2, 3]
+
+
 def test_without_a_network_one_sentence_says_what_works_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(prepare, "HERE", str(tmp_path))
@@ -738,6 +866,8 @@ def test_the_corpora_from_the_network_are_made_of_what_it_sends(server, tmp_path
     expected = "".join(tokenizer.END + page.replace("\ud800", "?") for page in pages)
     assert train == val == expected
     before = digest(tmp_path / "c4-300")
+    # A later shard has other words, and the vocabulary of the first.
+    server.body = gzip.compress(json.dumps({"text": "another web, " * 900}).encode())
     train, val = prepared.files(prepare.prepare("c4", 300, shards=3))
     assert len(open_tokens(train)) == 3
     assert len(open_tokens(val)) == 1

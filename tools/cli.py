@@ -250,15 +250,14 @@ OTHER_NAMES = {
 
 def hint(fields, message):
     """Which flag was probably meant, to be added to argparse's message about another one."""
-    # The message ends "... arguments: --precison fp4" or begins "argument --steps: ...".
-    words = message.split("arguments: ")[-1].split() or [""]
-    typed = words[0].split("=")[0].rstrip(":")
-    plain = typed.strip("-").replace("-", "_").lower()
+    # The message on an unknown flag ends "... arguments: --precison fp4"; others name a known one.
+    words = message.partition("arguments: ")[2].split() or [""]
+    plain = words[0].split("=")[0].strip("-").replace("-", "_").lower()
     other, difference = OTHER_NAMES.get(plain, (plain, ""))
     names = [field.name for field in fields]
     names += ["no_" + field.name for field in fields if field.type is bool]
     meant = difflib.get_close_matches(other, names, 1)
-    if not meant or typed == "--" + meant[0]:
+    if not meant:
         return "python quartet.py --help lists all"
     return f"did you mean --{meant[0]}?" + (f" {difference}" if difference else "")
 
