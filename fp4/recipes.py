@@ -111,7 +111,8 @@ def is_kernel_backward(spec):
 
 
 # Quartet's products: the forward one, and the backward ones in several forms. PMA is an ablation of
-# its authors, ORIGINAL what the main branch of their published code computes by default.
+# its authors, ORIGINAL what the main branch of their published code computes by default: signs
+# behind the rotation have no effect, so that it never changes, and only the rounding is random.
 QUEST = GemmSpec("mxfp4", "floor", rotation=32, signs="none")
 ABSMAX = GemmSpec("mxfp4", "absmax34", rotation=32, signs="before")
 STOCHASTIC = ABSMAX._replace(rounding="stochastic")
@@ -146,7 +147,9 @@ RECIPES = {
     "fp8":           Recipe(method="fp8"),                      # real FP8 products: emulate/fp8.py
     "mxfp8":         Recipe(MXFP8, MXFP8_GRAD, MXFP8_GRAD),     # OCP Microscaling v1.0
 
-    # Other authors' methods for NVFP4.
+    # Other authors' methods for NVFP4. NVIDIA leaves some blocks of the model in BF16 and draws its
+    # signs once; here they are drawn at each call, as in all rows. quartet2 corrects each block of
+    # 16, as its Algorithm 1 says; the losses that its authors publish are of one S for 128 values.
     "nvfp4":         Recipe(NVFP4_SQUARE, NVIDIA_DGRAD, NVIDIA_WGRAD),  # 2509.25149, in all blocks
     "four-over-six": Recipe(SQUARE_46, NVIDIA_DGRAD, NVIDIA_WGRAD),     # 4/6 forward, 2601.22813
     "tetrajet2":     Recipe(NVFP4, TETRAJET, TETRAJET),         # simplified, 2601.22813, section 6
@@ -195,7 +198,9 @@ SYNONYMS = {
     "rtn": "nearest",
     "sr": "stochastic",
 }
-# The products that a single value changes; three values are for forward, dgrad and wgrad.
+# The products that a single value changes; three values are for forward, dgrad and wgrad. So one
+# rounding is that of the backward products. Forward, eden needs random signs there too: --rounding
+# eden:eden:eden --signs before:before:before.
 CHANGES = {
     "format":   ("forward", "dgrad", "wgrad"),
     "scale":    ("forward",),

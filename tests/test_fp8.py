@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import fp4
+from fp4.emulate import fp8
 
 HAS_FP8_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
@@ -28,15 +29,20 @@ def run_passes(layer, x, dy, forward=None):
     return y.detach(), x.grad, layer.weight.grad
 
 
-def rounded(x, mantissa, min_exponent, top):
-    "x as FP8 holds it with one scale, by a search in float64 over all of the format's values"
+def all_values(mantissa, min_exponent, top):
+    "of the format, from 0 on"
     values = [m * 2. ** (min_exponent - mantissa) for m in range(2 ** mantissa)]
     for e in range(min_exponent, 17):
         for m in range(2 ** mantissa, 2 ** (mantissa + 1)):
             value = m * 2. ** (e - mantissa)
             if value <= top:
                 values.append(value)
-    values = torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def rounded(x, mantissa, min_exponent, top):
+    "x as FP8 holds it with one scale, by a search in float64 over all of the format's values"
+    values = all_values(mantissa, min_exponent, top)
     x = x.detach().double()
     scale = x.abs().max() / top
     nearest = ((x.abs() / scale)[..., None] - values).abs().argmin(-1)
@@ -53,6 +59,20 @@ def test_the_layer_is_three_products_of_values_rounded_to_fp8(tokens):
         assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
     wrong = rounded(dy, *E4M3) @ W                  # gradients in E4M3 would be told apart
     assert (x.grad - wrong).abs().max() > 1e-3 * wrong.abs().max()
+
+
+@pytest.mark.parametrize("dtype, number_format", [(fp8.E4M3, E4M3), (fp8.E5M2, E5M2)])
+def test_every_value_of_a_format_stays_and_the_middle_of_two_becomes_the_even_one(
+        dtype, number_format):
+    values = all_values(*number_format).float()
+    assert len(values) == (127 if dtype == fp8.E4M3 else 124)
+    middles = (values[1:] + values[:-1]) / 2
+    even = torch.where(torch.arange(len(middles)) % 2 == 0, values[:-1], values[1:])
+    for sign, octave in ((1, 0), (-1, 0), (1, -30), (-1, 7)):
+        factor = sign * 2. ** octave
+        values_8, scale = fp8.quantize(torch.cat((values, middles)) * factor, dtype)
+        assert scale == 2. ** octave and values_8.dtype == dtype
+        assert torch.equal(values_8.float() * sign, torch.cat((values, even)))
 
 
 @pytest.mark.parametrize("dtype, tokens", [(torch.float32, 40), (torch.bfloat16, 64)])

@@ -236,7 +236,9 @@ def block_scale(blocks, spec, grid):
     if spec.format == "int4":
         scale = largest / grid.max_value
     else:
-        scale = pow2(SCALE_FUNCTIONS[spec.format][spec.scale](blocks))
+        exponent = SCALE_FUNCTIONS[spec.format][spec.scale](blocks)
+        overflows = exponent > 127              # QuEST's variance: above about 2**63
+        scale = torch.where(overflows, torch.nan, pow2(exponent))
     scale = torch.where(largest == 0, 1., scale)
     return torch.where(largest.isfinite(), scale, torch.nan)
 
@@ -244,7 +246,8 @@ def block_scale(blocks, spec, grid):
 # ---- NVFP4
 
 # The element that a block's largest value is scaled to, by rounding. A block's scale is E4M3 and
-# may have been rounded down, by 1/17 at most, after which the largest element would be above 6.
+# may have been rounded down, after which the largest element would be above 6: by 1/17 at most, and
+# by more only in blocks 28,000 times smaller than the tensor's largest, whose scale is subnormal.
 # Stochastic rounding must not clip and leaves room for that. EDEN may clip a little: the authors
 # of 2601.22813 found the smallest error at 1/.93 of that value.
 LARGEST_ELEMENT = {"nearest": 6, "stochastic": 6 * 16 / 17, "eden": 6 * 16 / 17 / .93}
@@ -254,7 +257,8 @@ def quantize_nvfp4(v, spec, noise, square):
     """Quantises to NVFP4.
 
     Rounding "eden" is MS-EDEN (2601.22813, Algorithm 1): the elements are rounded to nearest, then
-    each block's correction goes into its scale, which is rounded stochastically.
+    each block's correction goes into its scale, which is rounded stochastically. (The authors'
+    training code has one correction for the 8 blocks of a rotation.)
     """
     size = BLOCK_SIZE["nvfp4"]
     blocks = split_blocks(v, size, square)
