@@ -76,6 +76,15 @@ def test_each_gpu_is_given_its_product(capability, gemm, target, flags, files, f
     assert loaded.operand_format == own_format.get(files[0] if files else "", "packed")
 
 
+def test_only_what_lies_on_a_gpu_has_its_format():
+    on_cpu = types.SimpleNamespace(is_cuda=False)
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    for capability, expected in ((HOPPER, "fp8"), (ADA, "packed"), (None, "packed")):
+        chosen = backend.select_backend(capability)
+        assert chosen.format_for(on_cpu) == "packed"
+        assert chosen.format_for(on_gpu) == expected
+
+
 @pytest.mark.parametrize("capability", GPUS)
 def test_what_a_gpu_runs_is_written_into_its_log(capability):
     words = {"fp8": "FP8 tensor cores (the library's)", "bf16": "BF16 tensor cores (the library's)",
@@ -150,6 +159,7 @@ def packed_to_fp8(codes, scales, alpha):
 
 def scaled_mm(a, b, a_scales, b_scales, out_dtype, use_fast_accum):
     "torch._scaled_mm as it is on every GPU but Hopper"
+    assert not use_fast_accum           # which sums in fewer bits
     scales_rows = a_scales.numel() > 1 or b_scales.numel() > 1
     if scales_rows and out_dtype != torch.bfloat16:
         raise ValueError("Only bf16 high precision output types are supported for row-wise scaling")

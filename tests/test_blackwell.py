@@ -21,6 +21,7 @@ import torch
 
 from fp4 import backend, reference
 from fp4.backend import swizzle_scales
+from operands import unswizzle
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 has_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
@@ -52,11 +53,6 @@ def ceil_div(n, size): return -(-n // size)
 
 
 # ---- the layout of scales
-
-def unswizzle(tiles, rows, blocks):
-    s = tiles.view(ceil_div(rows, 128), ceil_div(blocks, 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return s.flatten(0, 2).flatten(1)[:rows, :blocks]
-
 
 ODD = [(1, 1), (3, 5), (127, 4), (128, 3), (129, 9), (300, 34)]
 

@@ -7,6 +7,7 @@ only a GPU shows is in test_kernels.py and test_gpu.py.
 import ctypes
 import fcntl
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -19,13 +20,19 @@ import pytest
 import torch
 
 from fp4 import reference
-from fp4.ops import SIGN_ORDERS
-from test_kernels import HOW_BACKWARD, same, same_scale_tiles, same_tiles
+from fp4.backend import swizzle_scales
+from fp4.ops import SIGN_ORDERS, Packed
+from operands import (
+    ALPHA, HOW_BACKWARD, at_every_size, error_of_a_sum,
+    every_bfloat16_and_the_neighbours_of_midpoints, every_scale_byte, random_at_sizes,
+    random_packed, same, same_scale_tiles, same_tiles)
 
 TESTS = Path(__file__).resolve().parent
 MODELS = TESTS / "models"
 KERNELS = TESTS.parent / "fp4" / "kernels"
-SOURCES = ["quantize.cu", "elementwise.cu", "fp8_tiles.cu", "gemm_fp32.cu", "gemm_sm90.cu"]
+SOURCES = ["quantize.cu", "elementwise.cu", "fp8_tiles.cu", "scale_tiles.cu", "gemm_fp32.cu",
+           "gemm_sm90.cu", "kernels_on_cpu.cpp"]
+OBJECTS = TESTS.parent / "fp4" / "build" / "cuda_on_cpu"        # what earlier runs have compiled
 REPLACED_HEADERS = ["ptx/tma.cuh", "ptx/wgmma.cuh"]             # by models/sm90_on_cpu.h
 
 PACKED, MXF4, FP8_LEFT, FP8_RIGHT = range(4)                    # OperandFormat in ops.h
@@ -77,14 +84,18 @@ def write_translation(folder, mistake=None):
         copy.write_text(translate(text))
     for name in REPLACED_HEADERS:
         (folder / name).write_text('#include "sm90_on_cpu.h"\n')
+    for name in ("cuda_on_cpu.h", "sm90_on_cpu.h", "kernels_on_cpu.cpp"):
+        shutil.copy(MODELS / name, folder)
+
+
+# Each library has variables of its own (no unique symbols), and the fibers' longjmp from one stack
+# to another is no error (no _FORTIFY_SOURCE).
+FLAGS = ["-O1", "-std=c++20", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC",
+         "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-I", f"{TOOLKIT}/include"]
 
 
 def start_compiler(*arguments):
-    # Each library has variables of its own (no unique symbols), and the fibers' longjmp from one
-    # stack to another is no error (no _FORTIFY_SOURCE).
-    flags = ["-O1", "-std=c++20", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC",
-             "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-I", f"{TOOLKIT}/include"]
-    return subprocess.Popen(["g++", *flags, *map(str, arguments)])
+    return subprocess.Popen(["g++", *FLAGS, *map(str, arguments)])
 
 
 def wait_for(*compilers):
@@ -92,55 +103,77 @@ def wait_for(*compilers):
         assert compiler.wait() == 0
 
 
-def compile_object(folder, base, source):
-    """Starts to compile a translated source; base has the precompiled header."""
-    return start_compiler("-I", folder, "-I", base, "-I", MODELS, "-include", "cuda_on_cpu.h",
-                          "-x", "c++", "-c", folder / source, "-o", folder / f"{source}.o")
+def texts_of(folder, name):
+    """The text of a source, in the folder or one of our models, and of all that it includes."""
+    texts = {}
+    names = [name, "cuda_on_cpu.h"]
+    while names:
+        name = names.pop()
+        path = next((p for p in (folder / name, MODELS / name) if p.is_file()), None)
+        if path and name not in texts:
+            texts[name] = path.read_text()
+            names += re.findall(r'#include "(.*?)"', texts[name])
+    return texts
+
+
+def object_of(folder, source):
+    """Where the object of a translated source lies, by what it is made of.
+
+    Where another run has made it, it is not made again.
+    """
+    made_of = (FLAGS, sorted(texts_of(folder, source).items()))
+    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    return OBJECTS / f"{source}-{digest}.o"
+
+
+def compile_missing(folder, sources):
+    """Compiles translated sources to their objects, and returns these."""
+    objects = [object_of(folder, source) for source in sources]
+    missing = [pair for pair in zip(sources, objects) if not pair[1].exists()]
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    if len(missing) > 1:                        # For a single one it does not pay.
+        wait_for(start_compiler("-I", MODELS, "-x", "c++-header", MODELS / "cuda_on_cpu.h",
+                                "-o", folder / "cuda_on_cpu.h.gch"))
+    compilers = [
+        start_compiler("-I", folder, "-I", MODELS, "-include", folder / "cuda_on_cpu.h", "-x",
+                       "c++", "-c", folder / source, "-o", folder / f"{source}.o")
+        for source, _ in missing]
+    wait_for(*compilers)
+    for source, path in missing:
+        shutil.move(folder / f"{source}.o", f"{path}.{os.getpid()}")
+        os.replace(f"{path}.{os.getpid()}", path)
+    (folder / "cuda_on_cpu.h.gch").unlink(missing_ok=True)      # 80 MB
+    return objects
 
 
 def link(folder, objects):
     wait_for(start_compiler("-shared", "-o", folder / "kernels.so", *objects))
-
-
-def build_base(folder):
-    """Compiles the unmodified kernels."""
-    write_translation(folder)
-    wait_for(start_compiler("-I", MODELS, "-x", "c++-header", MODELS / "cuda_on_cpu.h",
-                            "-o", folder / "cuda_on_cpu.h.gch"))
-    calls = start_compiler("-I", folder, "-I", MODELS, "-c", MODELS / "kernels_on_cpu.cpp",
-                           "-o", folder / "calls.o")
-    wait_for(calls, *(compile_object(folder, folder, source) for source in SOURCES))
-    link(folder, [folder / "calls.o", *(folder / f"{source}.o" for source in SOURCES)])
+    return ctypes.CDLL(folder / "kernels.so")
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The folder of the unmodified kernels, compiled once for all processes of a test run."""
+    """The objects of the unmodified kernels, compiled once for all processes of a test run."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    folder = root / "cuda_on_cpu"
     with open(root / "cuda_on_cpu.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "kernels.so").exists():
-            folder.mkdir(exist_ok=True)
-            build_base(folder)
-    yield folder
-    (folder / "cuda_on_cpu.h.gch").unlink(missing_ok=True)      # 80 MB; it only saves time
+        folder = tmp_path_factory.mktemp("cuda_on_cpu")
+        write_translation(folder)
+        return dict(zip(SOURCES, compile_missing(folder, SOURCES)))
 
 
 @pytest.fixture(scope="session")
-def kernels(base):
-    return ctypes.CDLL(base / "kernels.so")
+def kernels(base, tmp_path_factory):
+    return link(tmp_path_factory.mktemp("kernels"), base.values())
 
 
 def kernels_with(mistake, source, base, folder):
     """Compiles one source again. It is linked first, so that its inline functions win."""
     write_translation(folder, mistake)
-    wait_for(compile_object(folder, base, source))
-    others = [base / f"{other}.o" for other in SOURCES if other != source]
-    link(folder, [folder / f"{source}.o", base / "calls.o", *others])
-    return ctypes.CDLL(folder / "kernels.so")
+    changed = compile_missing(folder, [source])
+    return link(folder, [*changed, *(base[other] for other in SOURCES if other != source)])
 
 
 # ---- calls
@@ -198,9 +231,14 @@ def is_operand(got, packed, operand_format, zeros=127):
 
 # ---- the quantisers
 
+EVERY_SIZE = (300, 64)
+
+
 @functools.cache
 def ugly_values(M, K, dtype):
-    """Blocks of all sizes, ties, zeros, NaN and Inf."""
+    """Blocks of all sizes, ties, zeros, NaN and Inf; or, in 300 rows, a row of each size."""
+    if (M, K) == EVERY_SIZE:
+        return at_every_size().to(dtype)
     g = torch.Generator().manual_seed(M)
     sizes = torch.randint(-30, 30, (M, K // 32), generator=g).float().exp2()
     x = torch.randn(M, K, generator=g) * sizes.repeat_interleave(32, 1)
@@ -292,6 +330,8 @@ def wrong_calls(kernels, M, K, dtype):
     (33, 160, torch.bfloat16),
     (130, 96, torch.float32),
     (260, 544, torch.bfloat16),                 # Here a block takes three tiles.
+    (*EVERY_SIZE, torch.float32),
+    (*EVERY_SIZE, torch.bfloat16),
 ])
 def test_the_quantisers_kernels_give_the_definitions_bytes(kernels, M, K, dtype):
     assert list(wrong_calls(kernels, M, K, dtype)) == []
@@ -311,33 +351,165 @@ def test_a_mistake_in_a_kernel_is_found(base, tmp_path, M, K, mistake):
     assert any(wrong_calls(kernels, M, K, torch.bfloat16))
 
 
+def code_bytes(code):
+    return (code[0::2] | code[1::2] << 4).to(torch.uint8)
+
+
+@pytest.mark.parametrize("clips, stochastic", [(True, False), (False, False), (False, True)])
+def test_a_gpus_way_of_rounding_gives_the_codes_of_the_definition(kernels, clips, stochastic):
+    u = every_bfloat16_and_the_neighbours_of_midpoints()
+    if not clips:
+        u = u[u.abs() < 6]
+    u = u[:len(u) // 32 * 32].contiguous()
+    for seed in range(20 if stochastic else 1):
+        seed = torch.tensor([seed])
+        got = torch.zeros(len(u) // 2, dtype=torch.uint8)
+        call(kernels.round_blocks, u, len(u) // 32, clips, seed if stochastic else None, got)
+        want = reference.round_nearest(u)
+        if stochastic:
+            want = reference.round_stochastic(u, reference.noise(seed, len(u)))
+        assert torch.equal(got, code_bytes(want))
+
+
+def test_every_scale_byte_is_requantised_as_the_definition_says(kernels):
+    packed = every_scale_byte()
+    M, K = len(packed.codes), 2 * packed.codes.shape[1]
+    signs, seeds = reference.draw(packed.codes, packed.codes, 1)
+    for stochastic, order, operand_format in itertools.product(
+            (False, True), ("before", "none"), (PACKED, MXF4, FP8_RIGHT)):
+        columns = empty_operand(K, M, operand_format)
+        call(kernels.requantize_transposed, *packed, M, K, signs, seeds, stochastic,
+             SIGN_ORDERS.index(order), operand_format, *columns)
+        want = reference.requantize_transposed(*packed, signs, seeds, stochastic, order)
+        assert is_operand(columns, want, operand_format)
+
+
+# ---- the FP8 formats
+
+def untiled(values, rows, right):
+    """The values of FP8 tiles [m, k, 128 * 128], without their scales, as a matrix."""
+    dtype = torch.float8_e5m2 if right else torch.float8_e4m3fn
+    m, k, _ = values.shape
+    tiles = values.view(m, k, 128, 8, 16)
+    row = torch.arange(128)
+    chunks = [tiles[:, :, row, chunk ^ row % 8] for chunk in range(8)]
+    matrix = torch.cat(chunks, -1).transpose(1, 2).reshape(128 * m, 128 * k)
+    return matrix.view(dtype).double()[:rows]
+
+
+def pairs_of_exponents(octaves, step):
+    """Packed [rows, 128]: in each row two blocks have codes, `distance` octaves apart.
+
+    No quantiser makes the scales 253 and 254, of which 6 is beyond float32.
+    """
+    pairs = [(largest, largest - distance) for largest in (*range(0, 253, step), 252)
+             for distance in range(octaves + 1) if largest >= distance]
+    codes = torch.randint(0, 256, (len(pairs), 64), dtype=torch.uint8)
+    codes[:, 0] = codes[:, 16] = 0x71           # 6 and .5, which need the window's both ends
+    codes[:, 32:] = 0x80                        # Zeros, whose scales are to say nothing.
+    scales = torch.full((len(pairs), 4), 254, dtype=torch.uint8)
+    scales[:, :2] = torch.tensor(pairs)
+    return Packed(codes, scales)
+
+
+@pytest.mark.parametrize("right, octaves, step", [(False, 15, 1), (True, 29, 25)])
+def test_fp8_tiles_hold_blocks_of_15_or_29_octaves_exactly_and_no_more(
+        kernels, right, octaves, step):
+    torch.manual_seed(0)
+    packed = pairs_of_exponents(octaves, step)
+    largest, other = (packed.scales[:, i].long() - 127 for i in range(2))
+    # The scale of the tile must be a normal number, so that the window ends at -112 - 14.
+    fits = other >= largest.clamp_min(-112) - (octaves - 1)
+    assert fits.any() and not fits.all()
+    if right:                                   # 32 rows share a scale.
+        packed = Packed(*(t.repeat_interleave(32, 0) for t in packed))
+        fits = fits.repeat_interleave(32)
+    rows = len(packed.codes)
+    tiles = empty_operand(rows, 128, FP8_RIGHT if right else FP8_LEFT)
+    call(kernels.to_fp8_tiles, *packed, rows, 128, right, *tiles)
+    scale = tiles[1].flatten()
+    scale = (scale.repeat_interleave(32) if right else scale)[:rows, None]
+    got = untiled(tiles[0], rows, right) * scale.double()
+    exact = reference.dequantize(*packed, torch.float64)
+    assert torch.equal((got == exact).all(1), fits)
+
+
+def test_a_row_of_fp8_holds_its_blocks_of_15_octaves_exactly_and_alpha(kernels):
+    torch.manual_seed(0)
+    # The blocks of the largest and of another scale. In a long row a thread has two blocks.
+    for K, largest, other in ((128, 0, 1), (4800, 0, 149), (4800, 149, 0), (4800, 100, 1)):
+        pairs = pairs_of_exponents(14, 1 if K == 128 else 20)
+        codes = torch.zeros(len(pairs.codes), K // 32, 16, dtype=torch.uint8)
+        scales = torch.full((len(pairs.codes), K // 32), 254, dtype=torch.uint8)
+        codes[:, largest], codes[:, other] = pairs.codes[:, :16], pairs.codes[:, 16:32]
+        scales[:, largest], scales[:, other] = pairs.scales[:, 0], pairs.scales[:, 1]
+        packed = Packed(codes.flatten(1), scales)
+        is_normal = packed.scales[:, largest] >= 127 - 112
+        packed = Packed(packed.codes[is_normal].contiguous(), packed.scales[is_normal].contiguous())
+        rows = len(packed.codes)
+        fp8 = full_of_77(rows, K)
+        row_scales = torch.full((rows, 1), 77.)
+        call(kernels.to_fp8_rows, *packed, rows, K, .75, fp8, row_scales)
+        got = fp8.view(torch.float8_e4m3fn).double() * row_scales.double()
+        assert torch.equal(got, .75 * reference.dequantize(*packed, torch.float64))
+
+
+@pytest.mark.parametrize("rows, blocks", [(1, 1), (129, 9), (300, 34)])
+def test_plain_scales_are_rearranged_into_the_tiles_of_blackwell(kernels, rows, blocks):
+    scales = torch.randint(0, 256, (rows, blocks), dtype=torch.uint8)
+    tiles = full_of_77(ceil_div(rows, 128) * ceil_div(blocks, 4) * 512)
+    call(kernels.swizzle, scales, rows, blocks, tiles)
+    assert torch.equal(tiles, swizzle_scales(scales))
+
+
 # ---- the other kernels
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("M, K", [(33, 160), (130, 96)])
+@pytest.mark.parametrize("M, K", [(33, 160), (130, 96), (64, 8192)])
 def test_the_plain_kernels_give_the_definitions_bytes(kernels, M, K, dtype):
     is_bf16 = dtype == torch.bfloat16
-    codes, scales, mask = expected_forward(M, K, torch.float32, "floor")
+    if K == 8192:
+        codes, scales = every_scale_byte()
+        mask = torch.randint(-2 ** 31, 2 ** 31, (M, K // 32)).int()
+    else:
+        codes, scales, mask = expected_forward(M, K, torch.float32, "floor")
     out = torch.zeros(M, K, dtype=dtype)
     call(kernels.dequantize, codes, scales, M, K, out, is_bf16)
-    want = reference.dequantize(codes, scales, dtype)
-    assert torch.equal(out.nan_to_num(9.), want.nan_to_num(9.))
+    same([out], [reference.dequantize(codes, scales, dtype)])
 
-    d = torch.randn(M, K).to(dtype)
-    call(kernels.unrotate, d, is_bf16, mask, M, K, out, is_bf16)
-    assert torch.equal(out, reference.unrotate(d, mask, dtype))
+    d = torch.randn(M, K)
+    d[3, 40] = torch.nan
+    mask = mask.clone()                 # Other tests read it, too.
+    mask[3, 1] = 0
+    for d_dtype in (torch.float32, torch.bfloat16):
+        d = d.to(d_dtype)
+        call(kernels.unrotate, d, d_dtype == torch.bfloat16, mask, M, K, out, is_bf16)
+        same([out], [reference.unrotate(d, mask, dtype)])
 
+    scales = torch.where((scales == 253) | (scales == 254), 0, scales)      # 6 of these overflows.
     for right in (False, True):
         tiles = empty_operand(M, K, FP8_RIGHT if right else FP8_LEFT)
         call(kernels.to_fp8_tiles, codes, scales, M, K, right, *tiles)
         same_tiles(tiles, (codes, scales), right)
 
-    a, b = (reference.quantize_forward(torch.randn(rows, K), "floor")[:2] for rows in (M, 70))
-    product = torch.zeros(M, 70, dtype=dtype)
-    call(kernels.multiply_fp32, *a, *b, M, 70, K, 16 / 9, product, is_bf16)
-    exact = reference.gemm(*a, *b, 16 / 9, torch.float32).double()
-    bound = 1e-5 * exact.abs().max() + ulp(dtype) * exact.abs()
-    assert (product.double() - exact).abs().le(bound).all()
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M, N, K", [(33, 70, 160), (130, 70, 96), (20, 150, 1024)])
+def test_the_product_in_fp32_is_exact_where_its_sums_are_and_elsewhere_a_sum_of_fp32(
+        kernels, M, N, K, dtype):
+    torch.manual_seed(K)
+
+    def product(a, b):
+        out = torch.zeros(M, N, dtype=dtype)
+        call(kernels.multiply_fp32, *a, *b, M, N, K, ALPHA, out, dtype == torch.bfloat16)
+        return out
+
+    a, b = random_packed(M, K), random_packed(N, K)
+    assert torch.equal(product(a, b), reference.gemm(*a, *b, ALPHA, dtype))
+    a, b = random_at_sizes(M, K, octaves=20), random_at_sizes(N, K, octaves=20)
+    exact = reference.gemm(*a, *b, ALPHA, torch.float64)
+    error = (product(a, b).double() - exact).abs()
+    assert error.le(error_of_a_sum(a, b) + ulp(dtype) * exact.abs()).all()
 
 
 def ulp(dtype): return 2 ** (-8 if dtype == torch.bfloat16 else -23)

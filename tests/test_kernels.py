@@ -1,22 +1,27 @@
 """The compiled ops give the bytes of fp4/reference.py, on ugly shapes and ugly values."""
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fp4
-from fp4 import ops, reference
+from fp4 import ops, reference, toolchain
 from fp4.backend import swizzle_scales
 from fp4.ops import Packed
-from test_blackwell import unswizzle
+from operands import (
+    ALPHA, HOW_BACKWARD, at_every_size, at_the_edge_of_a_scale, error_of_a_sum,
+    every_bfloat16_and_the_neighbours_of_midpoints, every_scale_byte, random_at_sizes,
+    random_packed, same, same_scale_tiles, same_tiles, tiles_of)
+from test_reference import philox_of_a_seed
 
 BACKEND = fp4.build()
 pytestmark = pytest.mark.skipif(not BACKEND.is_compiled, reason="no compiler on this machine")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# stochastic, and the sign orders of x and of x.T
-SIGN_ORDERS = [("before", "before"), ("after", "none"), ("none", "after")]
-HOW_BACKWARD = [(stochastic, *orders) for stochastic in (False, True) for orders in SIGN_ORDERS]
 SHAPES = [(1, 32), (3, 96), (33, 160), (64, 32), (31, 1024), (100, 544)]
 
 
@@ -52,21 +57,6 @@ def unwritten_memory_is_nan():
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def same(got, want):
-    """Asserts equal bytes, but for NaN: any NaN equals any other. -0 does not equal 0."""
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        bits = {2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.uint8)
-        if a.is_floating_point():
-            assert torch.equal(a.isnan(), b.isnan())
-            a = a.nan_to_num(0.).view(bits)
-            b = b.nan_to_num(0.).view(bits)
-        differ = (a != b).nonzero()
-        assert len(differ) == 0, \
-            f"{len(differ)} of {a.numel()} differ, first at {differ[0].tolist()}"
 
 
 def name_of(parameters):
@@ -116,58 +106,211 @@ def test_each_op_gives_the_bytes_of_the_definition(x, device):
         check("unrotate", [x, mask], dtype)
 
 
-def tiles_of(codes, scales, right=False):
-    """The definition of kernels/fp8_tiles.cuh: packed -> FP8 tiles and their scales.
-
-    Also returns how many blocks fell out of the window of exponents that FP8 holds.
-    """
-    M = codes.shape[0]
-    K = 2 * codes.shape[1]
-    x = F.pad(reference.dequantize(codes, scales, torch.float64), (0, -K % 128, 0, -M % 128))
-    x = x.unflatten(-1, (-1, 4, 32))
-    e = F.pad(scales.int(), (0, -K % 128 // 32, 0, -M % 128)).unflatten(-1, (-1, 4)) - 127
-    counts = x.abs().amax(-1).gt(0) & x.isfinite().all(-1)      # [M, K/128, 4], as e
-    largest = torch.where(counts, e, -999).amax(-1)             # of 128 neighbours
-    if right:                                                   # ... in 32 rows
-        largest = largest.unflatten(0, (-1, 32)).amax(1).repeat_interleave(32, 0)
-    if right:
-        s, octaves, dtype = (13, 29, torch.float8_e5m2)
-    else:
-        s, octaves, dtype = (6, 15, torch.float8_e4m3fn)
-    lost = int((counts & (e <= largest[..., None] - octaves)).sum())
-
-    top = largest.clamp_min(-112)
-    fp8 = (x / reference.pow2(top - s).double()[..., None, None]).float().to(dtype)
-    fp8 = fp8.flatten(-2).view(torch.uint8)
-    # [M/128, K/128, 128, 8, 16]
-    chunks = fp8.unflatten(0, (-1, 128)).transpose(1, 2).unflatten(-1, (8, 16))
-    chunk_of = (torch.arange(128)[:, None] & 7) ^ torch.arange(8)
-    swizzled = chunks.gather(3, chunk_of[..., None].expand(chunks.shape))
-    rows_per_scale = 32 if right else 1
-    top = top.unflatten(0, (-1, 128)).transpose(1, 2)[..., ::rows_per_scale]
-    return swizzled.flatten(2), reference.pow2(top - s).contiguous(), lost
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_scale_byte_is_unpacked_requantised_and_multiplied_as_the_definition_says(
+        dtype, device):
+    packed = every_scale_byte()
+    on_device, = to_device(device, packed)
+    same([ops.dequantize(on_device, dtype).cpu()], [reference.dequantize(*packed, dtype)])
+    signs, seeds = reference.draw(packed.codes, packed.codes, 1)
+    for stochastic, order, _ in HOW_BACKWARD:
+        got = ops.requantize_transposed(
+            *to_device(device, packed, signs, seeds), stochastic, order, "packed")
+        same(to_device("cpu", *got), reference.requantize_transposed(
+            *packed, signs, seeds, stochastic, order))
+    for byte in (*range(253), 255):             # 6 * 2**126 is beyond float32.
+        # A sum of 32 products is exact, and those of a left and a right scale are near 1.
+        a = Packed(packed.codes[:32, 16 * byte:16 * byte + 16].contiguous(),
+                   packed.scales[:32, byte:byte + 1].contiguous())
+        b = Packed(packed.codes[:40, :16].contiguous(),
+                   torch.full((40, 1), min(max(254 - byte, 2), 252), dtype=torch.uint8))
+        if device == "cpu":             # A wider format of a GPU has a window of exponents.
+            same([ops.gemm(a, b, 1.0, dtype)], [reference.gemm(*a, *b, 1.0, dtype)])
 
 
-def same_tiles(got, want, right=False):
-    """Asserts equal values: here -0 equals 0, and any NaN is a NaN."""
-    want = tiles_of(*want, right)
-    dtype = torch.float8_e5m2 if right else torch.float8_e4m3fn
-    a = got[0].cpu().view(dtype).float() + 0.
-    b = want[0].cpu().view(dtype).float() + 0.
-    same([a, got[1].cpu()], [b, want[1]])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_every_size_are_quantised_as_the_definition_says(dtype, device):
+    x = at_every_size().to(dtype)
+    signs, seeds = reference.draw(x, x, 2)
+    found = set()
+    for matrix in (x, x.T.contiguous()[:, :288]):       # whole blocks of a size, and mixed ones
+        matrix = matrix.contiguous()
+        for scale in ops.SCALES:
+            packed, mask = ops.quantize_forward(matrix.to(device), scale)
+            want = reference.quantize_forward(matrix, scale)
+            same(to_device("cpu", *packed, mask), want)
+        for stochastic, order, order_t in HOW_BACKWARD:
+            got = ops.quantize_backward(*to_device(device, matrix, signs, seeds),
+                                        stochastic, order, order_t, "packed")
+            want = reference.quantize_backward(matrix, signs, seeds, stochastic, order, order_t)
+            same(to_device("cpu", *flat(got)), want)
+            found |= set(want[1].flatten().tolist())
+    assert {0, 255} <= found and len(found) > 240
 
 
-def same_scale_tiles(got, want, right=False, zeros=127):
-    """Asserts equal bytes of packed codes, and of scales that are in tiles.
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scale_at_the_edge_of_a_power_of_two_is_the_definitions(device):
+    x = at_the_edge_of_a_scale()
+    for scale, part in (("floor", slice(1, None, 2)), ("nearest", slice(0, None, 2))):
+        packed, mask = ops.quantize_forward(x.to(device), scale)
+        want = reference.quantize_forward(x, scale)
+        same(to_device("cpu", *packed, mask), want)
+        assert .2 < (want[1][part] == want[1][part].max()).float().mean() < .8
 
-    Beyond the matrix the scales are those of zeros.
-    """
-    codes, tiles = got
-    want_codes, scales = want
-    same([codes.cpu(), unswizzle(tiles.cpu(), *scales.shape)], [want_codes, scales])
-    padding = swizzle_scales(torch.ones_like(scales)) == 0
-    assert tiles.numel() == padding.numel()
-    assert (tiles.cpu()[padding] == zeros).all()
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", ["before", "none"])
+def test_every_noise_byte_meets_every_share_of_a_gap_as_in_the_definition(order, device):
+    """Values on, and hardly beside, the multiples of 1/256 of a gap, where the byte decides."""
+    u = torch.arange(6 * 512) / 512                     # the grid's gaps are .5, 1 and 2
+    u = torch.cat((u, torch.nextafter(u, u - 1), torch.nextafter(u, u + 1)))
+    x = torch.zeros(24, 9216)
+    x[:, :] = (u / .75).repeat(24, 1).view(24, -1)
+    x[::2] *= -1
+    x[:, ::32] = 7.9                            # so that 2**0 is the scale of every block
+    if order == "before":
+        x = reference.hadamard(reference.blocks(x)).flatten(-2)
+    signs = torch.zeros(1, dtype=torch.int64)
+    seeds = torch.tensor([3, 4])
+    got = ops.quantize_backward(*to_device(device, x, signs, seeds), True, order, order, "packed")
+    want = reference.quantize_backward(x, signs, seeds, True, order, order)
+    same(to_device("cpu", *flat(got)), want)
+    assert (want[1] == 127).float().mean() > .9
+
+
+# ---- the arithmetic that all kernels share, called one function at a time
+
+ARITHMETIC = """
+#include "mxfp4.cuh"
+using namespace mxfp4;
+
+extern "C" {
+
+void nearest(const float* u, int64_t n, int32_t* code) {
+  for (int64_t i = 0; i < n; i++)
+    code[i] = round_nearest(u[i]) | sign_bit(u[i]);
+}
+
+void stochastic(const float* u, const int32_t* noise, int64_t n, int32_t* code) {
+  for (int64_t i = 0; i < n; i++)
+    code[i] = round_stochastic(u[i], noise[i]) | sign_bit(u[i]);
+}
+
+void philox_words(int64_t seed, int64_t call, uint32_t* words) {
+  uint32_t four[4];
+  philox(seed, call, four);
+  memcpy(words, four, sizeof(four));
+}
+
+void quest_exponents(const float* scale, int64_t n, bool nearest, int32_t* e) {
+  for (int64_t i = 0; i < n; i++)
+    e[i] = quest_exponent(scale[i], nearest);
+}
+
+void to_bfloat16(const float* x, int64_t n, uint16_t* bits) {
+  for (int64_t i = 0; i < n; i++) {
+    bfloat16 rounded;
+    store_float(rounded, x[i]);
+    bits[i] = rounded.bits;
+  }
+}
+
+void values_of_bytes(float* scales, float* codes) {
+  for (int i = 0; i < 256; i++) {
+    scales[i] = e8m0_value(uint8_t(i));
+    codes[i] = e2m1_value(i & 15);
+  }
+}
+
+}
+"""
+needs_gpp = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+
+
+@pytest.fixture(scope="session")
+def arithmetic(tmp_path_factory):
+    """The functions of mxfp4.cuh, compiled as the kernels of the CPU are, called with tensors."""
+    folder = tmp_path_factory.mktemp("arithmetic")
+    (folder / "arithmetic.cpp").write_text(ARITHMETIC)
+    kernels = Path(ops.__file__).parent / "kernels"
+    subprocess.run(["g++", "-std=c++17", *toolchain.CXX_FLAGS, "-shared", "-fPIC", f"-I{kernels}",
+                    folder / "arithmetic.cpp", "-o", folder / "arithmetic.so"], check=True)
+    library = ctypes.CDLL(folder / "arithmetic.so")
+
+    def call(name, *arguments):
+        as_c = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor)
+                else ctypes.c_bool(a) if isinstance(a, bool) else ctypes.c_int64(a)
+                for a in arguments]
+        getattr(library, name)(*as_c)
+
+    return call
+
+
+@needs_gpp
+def test_the_kernels_arithmetic_rounds_to_nearest_as_the_definition_does(arithmetic):
+    u = every_bfloat16_and_the_neighbours_of_midpoints()
+    code = torch.zeros(len(u), dtype=torch.int32)
+    arithmetic("nearest", u, len(u), code)
+    assert torch.equal(code, reference.round_nearest(u).int())
+
+
+@needs_gpp
+def test_the_kernels_arithmetic_rounds_stochastically_as_the_definition_does(arithmetic):
+    u = every_bfloat16_and_the_neighbours_of_midpoints()
+    u = u[u.abs() < 6]
+    for byte in (*range(0, 256, 15), 1, 127, 128, 254):
+        noise = torch.full((len(u),), byte, dtype=torch.int32)
+        code = torch.zeros(len(u), dtype=torch.int32)
+        arithmetic("stochastic", u, noise, len(u), code)
+        assert torch.equal(code, reference.round_stochastic(u, noise).int())
+
+
+@needs_gpp
+@pytest.mark.parametrize("seed", [0, -1, 2 ** 32, 0x299F31D0A4093822])
+@pytest.mark.parametrize("number", [0, 5, 2 ** 32 + 7, 2 ** 63 - 1])
+def test_a_call_of_the_kernels_philox_has_all_64_bits_of_its_number(arithmetic, seed, number):
+    words = torch.zeros(4, dtype=torch.int32)
+    arithmetic("philox_words", seed, number, words)
+    assert [word % 2 ** 32 for word in words.tolist()] == philox_of_a_seed(seed, number)
+
+
+@needs_gpp
+def test_the_kernels_arithmetic_has_the_scales_and_the_codes_of_the_definition(arithmetic):
+    scales = torch.zeros(256)
+    codes = torch.zeros(256)
+    arithmetic("values_of_bytes", scales, codes)
+    assert scales[:255].tolist() == [2. ** (byte - 127) for byte in range(255)]
+    assert scales[255].isnan()
+    magnitudes = [*reference.E2M1, *(-m for m in reference.E2M1)]
+    assert codes.tolist() == magnitudes * 16 and torch.signbit(codes[8])
+
+
+@needs_gpp
+def test_the_kernels_arithmetic_rounds_a_scale_down_or_to_the_nearest_power_of_two(arithmetic):
+    """The middle is the square root of 2, in the logarithm."""
+    root = torch.tensor(2.).sqrt()
+    mantissas = torch.stack([torch.tensor(1.), torch.nextafter(root, root - 1), root,
+                             torch.nextafter(root, root + 1), torch.tensor(1.9999999)])
+    exponents = torch.arange(-27, 128)
+    scales = (mantissas * exponents.float().exp2()[:, None]).contiguous()
+    for nearest, rounds_up in ((False, [0] * 5), (True, [0, 0, 0, 1, 1])):
+        e = torch.zeros(scales.shape, dtype=torch.int32)
+        arithmetic("quest_exponents", scales, scales.numel(), nearest, e)
+        want = (exponents[:, None] + torch.tensor(rounds_up)).clamp(max=127)
+        assert torch.equal(e.long(), want)
+
+
+@needs_gpp
+def test_the_kernels_arithmetic_rounds_to_bfloat16_as_torch_does(arithmetic):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2 ** 31, 2 ** 31, (1 << 18,), generator=g).int()
+    x[: 1 << 16] = (x[: 1 << 16] & -65536) | 0x8000             # ties
+    x = torch.cat((x.view(torch.float32), torch.tensor([torch.inf, -torch.inf, 3.4e38, -0., 0.])))
+    bits = torch.zeros(len(x), dtype=torch.int16)
+    arithmetic("to_bfloat16", x, len(x), bits)
+    same([bits.view(torch.bfloat16)], [x.bfloat16()])
 
 
 @needs_gpu
@@ -221,15 +364,9 @@ PRODUCTS = [(1, 32, 32), (33, 64, 96), (100, 160, 1024), (3, 64, 4096), (300, 41
 DTYPES_AND_ULPS = [(torch.float32, 2 ** -23), (torch.bfloat16, 2 ** -8)]
 
 
-def random_packed(rows, K):
-    return Packed(*reference.quantize_forward(torch.randn(rows, K), "floor")[:2])
-
-
-def product_of_magnitudes(a, b):
-    """Returns 16/9 * |a| @ |b|.T, which the error of a sum is proportional to."""
-    a = reference.dequantize(*a, torch.float64)
-    b = reference.dequantize(*b, torch.float64)
-    return 16 / 9 * a.abs() @ b.abs().T
+def is_product(got, a, b, ulp):
+    exact = reference.gemm(*a, *b, ALPHA, torch.float64)
+    return (got.double() - exact).abs().le(error_of_a_sum(a, b) + ulp * exact.abs()).all()
 
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
@@ -239,10 +376,51 @@ def test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding(M, N, K, 
     torch.manual_seed(K)
     a = random_packed(M, K)
     b = random_packed(N, K)
-    got = ops.gemm(*to_device(device, a, b), 16 / 9, dtype).cpu().double()
-    exact = reference.gemm(*a, *b, 16 / 9, torch.float32).double()
-    size = product_of_magnitudes(a, b)
-    assert (got - exact).abs().le(K * 2 ** -24 * size + ulp * exact.abs()).all()
+    got = ops.gemm(*to_device(device, a, b), ALPHA, dtype).cpu()
+    assert got.dtype == dtype and is_product(got, a, b, ulp)
+    if device == "cpu":                         # Sums of such terms are exact in float32.
+        assert torch.equal(got, reference.gemm(*a, *b, ALPHA, dtype))
+        a = random_at_sizes(min(M, 33), K, octaves=20)
+        b = random_at_sizes(min(N, 64), K, octaves=20)
+        assert is_product(ops.gemm(a, b, ALPHA, dtype), a, b, ulp)
+
+
+def without_a_term(a, b):
+    """The product, whose sums each lack a term: of their own, one of ordinary size."""
+    product = reference.gemm(*a, *b, ALPHA, torch.float64)
+    a = reference.dequantize(*a, torch.float64)
+    b = reference.dequantize(*b, torch.float64)
+    for n in range(product.shape[1]):
+        terms = ALPHA * a * b[n]
+        size = torch.where(terms == 0, torch.inf, terms.abs())
+        median = size.argsort(1)[:, size.isfinite().sum(1).min() // 2]
+        product[:, n] -= terms.gather(1, median[:, None])[:, 0]
+    return product
+
+
+def summed_in_bf16(a, b):
+    """The product, whose sums are rounded to BF16 after each block."""
+    product = torch.zeros(len(a.codes), len(b.codes))
+    for block in range(a.scales.shape[1]):
+        codes = slice(16 * block, 16 * block + 16)
+        scales = slice(block, block + 1)
+        terms = reference.gemm(a.codes[:, codes], a.scales[:, scales], b.codes[:, codes],
+                               b.scales[:, scales], ALPHA, torch.float32)
+        product = (product + terms).bfloat16().float()
+    return product
+
+
+@pytest.mark.parametrize("wrong, octaves", [
+    (without_a_term, 1), (summed_in_bf16, 1), (summed_in_bf16, 20)])
+@pytest.mark.parametrize("K", [96, 1024, 8192])
+def test_a_sum_that_lacks_a_term_or_is_kept_in_bf16_is_beyond_that_error(wrong, octaves, K):
+    torch.manual_seed(K)
+    a = random_at_sizes(4, K, octaves)
+    b = random_at_sizes(8, K, octaves)
+    exact = reference.gemm(*a, *b, ALPHA, torch.float64)
+    error = (wrong(a, b).double() - exact).abs()
+    is_noticed = error > error_of_a_sum(a, b) + 2 ** -23 * exact.abs()
+    assert is_noticed.double().mean() > .8
 
 
 @pytest.mark.parametrize("M, N, K", PRODUCTS)
@@ -278,14 +456,16 @@ def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, dev
     b = random_packed(N, K)
     mask = torch.randint(-2 ** 31, 2 ** 31, (M, N // 32)).int()
     operands = operands_of_the_backend(a, b, device)
-    got = ops.gemm_unrotate(*operands, mask.to(device), 16 / 9, dtype).cpu().double()
+    got = ops.gemm_unrotate(*operands, mask.to(device), ALPHA, dtype).cpu().double()
 
-    product = reference.gemm(*a, *b, 16 / 9, torch.float32)
+    product = reference.gemm(*a, *b, ALPHA, torch.float32)
     exact = reference.unrotate(product, mask, torch.float32).double()
-    size = product_of_magnitudes(a, b)
-    size = size.unflatten(-1, (-1, 32)).sum(-1, True).expand(M, N // 32, 32).flatten(-2)
-    size = size * 32 ** -.5
-    assert (got - exact).abs().le((K + 8) * 2 ** -24 * size + ulp * exact.abs()).all()
+    # The rotation mixes the errors of 32 sums, and adds five roundings of its own.
+    error = (error_of_a_sum(a, b) + 5 * 2 ** -24 * product.abs()).unflatten(-1, (-1, 32))
+    error = error.norm(dim=-1, keepdim=True).expand(M, N // 32, 32).flatten(-2)
+    assert (got - exact).abs().le(error + ulp * exact.abs()).all()
+    if device == "cpu":
+        assert torch.equal(got, reference.unrotate(product, mask, dtype).double())
 
     other_mask = reference.unrotate(product, ~mask, torch.float32).double()
     assert not torch.allclose(got, other_mask, atol=.1 * exact.std())

@@ -105,10 +105,13 @@ def written_out(layer, x, dy):
     *((name, {}) for name in ON_KERNELS),
     ("fp4", dict(rotation="32:none:32")),
     ("fp4-sr", dict(rotation="32:32:none")),
+    ("fp4", dict(scale="nearest")),
 ])
-@pytest.mark.parametrize("tokens", [1, 40, 64])
-def test_the_layer_is_the_algorithm_of_the_paper_written_out(precision, axes, tokens):
-    layer, x, dy = layer_and_input(tokens=tokens, precision=precision, **axes)
+@pytest.mark.parametrize("tokens, in_features, out_features", [
+    (1, 96, 64), (40, 96, 64), (64, 96, 64), (272, 352, 288)])
+def test_the_layer_is_the_algorithm_of_the_paper_written_out(
+        precision, axes, tokens, in_features, out_features):
+    layer, x, dy = layer_and_input(in_features, out_features, tokens, precision, **axes)
     torch.manual_seed(7)
     got = gradients(layer, x, dy)
     torch.manual_seed(7)
@@ -116,6 +119,30 @@ def test_the_layer_is_the_algorithm_of_the_paper_written_out(precision, axes, to
     assert torch.allclose(layer(x), y, atol=1e-5)
     for gradient, expected in zip(got, want):
         assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["fp4", "fp4-sr"])
+def test_a_backward_pass_draws_once_and_each_draw_is_another_gradient(precision):
+    layer, x, dy = layer_and_input(precision=precision)
+    torch.manual_seed(7)
+    ops.draw(dy, x, 4)
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    first = gradients(layer, x, dy)
+    assert torch.equal(torch.get_rng_state(), state)
+    first = [gradient.clone() for gradient in first]
+    for gradient, other in zip(first, gradients(layer, x, dy)):
+        assert 0 < (gradient - other).norm() < .5 * gradient.norm()
+
+
+@pytest.mark.parametrize("precision", ON_KERNELS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_gradient_reaches_both_gradients(precision, bad):
+    layer, x, dy = layer_and_input(precision=precision)
+    dy[5, 7] = bad
+    dx, dw = gradients(layer, x, dy)
+    assert not dx[5].isfinite().any() and dx[:5].isfinite().all() and dx[6:].isfinite().all()
+    assert not dw[7].isfinite().any() and dw[:7].isfinite().all() and dw[8:].isfinite().all()
 
 
 def test_clipped_values_get_no_gradient_in_the_rotated_basis():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fp4
-from fp4 import ops, reference
+from fp4 import ops, reference, stored_weight
 from fp4.ops import OPERAND_FORMATS, SCALES, SIGN_ORDERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +98,92 @@ def test_a_word_that_no_list_has_is_refused_with_those_that_it_has():
             call()
     with pytest.raises(ValueError, match="floor or nearest, got ceil"):
         reference.quantize_forward(X, "ceil")
+
+
+# ---- what torch.compile is told
+
+def shapes_and_dtypes(result):
+    result = [result] if isinstance(result, torch.Tensor) else result
+    return [(list(t.shape), t.dtype) for t in result]
+
+
+def called(op, *arguments):
+    return shapes_and_dtypes(getattr(raw, op)(*arguments))
+
+
+def on_meta(*arguments):
+    return [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+BF16_X = torch.randn(70, 96).bfloat16()
+TALL, TALL_MASK = ops.quantize_forward(torch.randn(160, 96), "floor")
+WEIGHT = torch.randn(160, 96)
+STORED = stored_weight.parts(stored_weight.quantize(WEIGHT, "nearest"))
+
+
+@pytest.mark.parametrize("op, arguments", [
+    ("quantize_forward", (BF16_X, 0)),
+    ("quantize_backward", (BF16_X, SIGNS, SEEDS[:2], False, 0, 0, 0)),
+    ("requantize_transposed", (*TALL, SIGNS, SEEDS[:1], False, 0, 0)),
+    ("draw", (BF16_X, X, 3)),
+    ("dequantize", (*TALL, torch.bfloat16)),
+    ("dequantize", (*TALL, torch.float32)),
+    ("gemm", (*ops.quantize_forward(BF16_X, "floor")[0], *TALL, 1.0, torch.bfloat16)),
+    ("unrotate", (torch.randn(160, 96), TALL_MASK, torch.bfloat16)),
+    ("quantize_gemm", (BF16_X, 1, *TALL)),
+    ("quantize_gemm", (BF16_X.float(), 1, *TALL)),
+    ("quantize_gemm_stored", (BF16_X, 1, WEIGHT, *STORED)),
+    ("gemm_unrotate", (*TALL, *TALL, torch.zeros(160, 5, dtype=torch.int32), 16 / 9,
+                       torch.bfloat16)),
+])
+def test_torch_compile_is_told_the_shapes_and_dtypes_that_come_out(op, arguments):
+    assert called(op, *on_meta(*arguments)) == called(op, *arguments)
+
+
+@pytest.mark.parametrize("number, rows, columns, transposed", [
+    # dy [70, 96]; dy.T [96, 96], whose 70 are padded; a packed [160, 96] transposed, [96, 160]
+    (1, [([70, 48], torch.uint8), ([512], torch.uint8)],
+     [([96, 48], torch.uint8), ([512], torch.uint8)],
+     [([96, 80], torch.uint8), ([1024], torch.uint8)]),
+    (2, [([1, 1, 16384], torch.uint8), ([1, 1, 128], torch.float32)],
+     [([1, 1, 16384], torch.uint8), ([1, 1, 128], torch.float32)],
+     [([1, 2, 16384], torch.uint8), ([1, 2, 4], torch.float32)]),
+], ids=OPERAND_FORMATS[1:])
+def test_torch_compile_is_told_the_shapes_of_the_operands_in_tiles(
+        number, rows, columns, transposed):
+    dy = on_meta(BF16_X, SIGNS, SEEDS[:2])
+    assert called("quantize_backward", *dy, False, 0, 0, number) == [*rows, *columns]
+    w = on_meta(*TALL, SIGNS, SEEDS[:1])
+    assert called("requantize_transposed", *w, False, 0, number) == transposed
+    wide = torch.empty(300, 544, device="meta")
+    tiles = called("quantize_backward", wide, *dy[1:], False, 0, 0, number)
+    if number == 1:                             # 3 x 5 tiles of scales, and 5 x 3
+        assert tiles[1] == tiles[3] == ([15 * 512], torch.uint8)
+    else:
+        assert tiles[0] == ([3, 5, 16384], torch.uint8) and tiles[2][0] == [5, 3, 16384]
+
+
+# ---- what the wrappers hand on
+
+def test_a_fused_op_is_the_two_ops_that_it_stands_for():
+    packed, mask = ops.quantize_forward(X, "nearest")
+    y, again, again_mask = ops.quantize_gemm(X, "nearest", RIGHT)
+    assert torch.equal(y, ops.gemm(packed, RIGHT, 1.0, torch.float32))
+    assert torch.equal(again.codes, packed.codes) and torch.equal(again.scales, packed.scales)
+    assert torch.equal(again_mask, mask)
+    assert not torch.equal(mask, MASK)          # "nearest" is not "floor"
+    product = ops.gemm(PACKED, RIGHT, 16 / 9, torch.float32)
+    assert torch.equal(ops.gemm_unrotate(PACKED, RIGHT, MASK, 16 / 9, torch.float32),
+                       ops.unrotate(product, MASK, torch.float32))
+
+
+def test_the_product_of_packed_matrices_is_that_of_their_values_times_alpha():
+    a = reference.dequantize(*PACKED, torch.float64)
+    b = reference.dequantize(*RIGHT, torch.float64)
+    for implementation in (reference, raw):
+        for dtype in (torch.float32, torch.bfloat16):
+            got = implementation.gemm(*PACKED, *RIGHT, .25, dtype)
+            assert torch.equal(got, (.25 * a @ b.T).float().to(dtype))     # The sums are exact.
 
 
 # ---- memory

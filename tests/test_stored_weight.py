@@ -360,6 +360,19 @@ def test_a_weight_moved_inside_of_its_memory_is_not_stale():
     assert not torch.equal(layer(X), before)
 
 
+def test_a_weight_in_new_memory_at_the_address_of_old_is_not_stale():
+    memory = torch.randn(96, 64).numpy()
+    layer = fp4.Linear(64, 96, fp4.recipe("fp4"))
+    layer.weight = torch.nn.Parameter(torch.from_numpy(memory))
+    layer.quantize_weight()
+    before = layer(X)
+    source = layer.weight.data_ptr(), layer.weight._version
+    memory *= 2
+    layer.weight = torch.nn.Parameter(torch.from_numpy(memory))
+    assert (layer.weight.data_ptr(), layer.weight._version) == source
+    assert torch.equal(layer(X), 2 * before)
+
+
 def test_a_copy_on_another_device_is_not_at_hand():
     layer = fp4.Linear(64, 96, fp4.recipe("fp4"))
     layer.quantize_weight()

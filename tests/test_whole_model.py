@@ -17,12 +17,13 @@ fp4.build()
 
 
 class Plain(nn.Module):
-    """Has one layer in two places, two layers with one weight, and attention."""
+    """Has two layers in two places each, two layers with one weight, and attention."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(64, 64)
+        self.same = self.first
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(2))
         self.again = self.blocks[0]
         self.tied = nn.Linear(64, 64, bias=False)
@@ -39,7 +40,7 @@ class Plain(nn.Module):
 
 
 X = torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0))
-REPLACED = ["first", "blocks.0.0", "blocks.1.0", "again.0", "tied"]
+REPLACED = ["first", "same", "blocks.0.0", "blocks.1.0", "again.0", "tied"]
 
 
 def test_every_linear_is_replaced_and_keeps_its_parameters():
@@ -53,7 +54,7 @@ def test_every_linear_is_replaced_and_keeps_its_parameters():
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
     assert {type(model.get_submodule(name)) for name in REPLACED} == {fp4.Linear}
-    assert model.again[0] is model.blocks[0][0]
+    assert model.again[0] is model.blocks[0][0] and model.same is model.first
     assert type(model.head) is nn.Linear and type(model.attention.out_proj) is not fp4.Linear
     assert torch.equal(model(X), expected)
 
@@ -97,7 +98,7 @@ def test_what_cannot_be_replaced_is_refused_by_name_and_nothing_is_replaced():
     handle.remove()
     assert is_unchanged(model)
     kept = fp4.replace_linears(model, recipe, keep=["head", "blocks", "again"])
-    assert kept == ["first", "tied"]
+    assert kept == ["first", "same", "tied"]
 
 
 # ---- the folder alone

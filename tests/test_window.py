@@ -6,9 +6,9 @@ import fp4
 import quartet
 from data import tokens
 from data.corpus import open_corpus
-from fp4 import ops, window
+from fp4.backend import select_backend
 from fp4.window import WINDOWS, Count, Window, count_beyond, count_in_model
-from test_kernels import tiles_of
+from operands import tiles_of
 from tools import run
 
 fp4.build()
@@ -110,10 +110,13 @@ def test_a_cpu_has_no_window_and_the_model_does_not_run():
     model, _, _ = layer_and_loss()
     assert count_in_model(model, None, None) == {}
     assert fp4.blocks_beyond_window(model, None, None) is None
+    # Where there is a GPU, a model on the CPU has the backend of that GPU.
+    model.layer.backend = select_backend((9, 0))
+    assert count_in_model(model, None, None) == {}
 
 
 def test_the_products_in_fp8_have_a_window_and_the_others_have_none():
-    named = {(capability, gemm): fp4.backend.select_backend(capability, gemm).window
+    named = {(capability, gemm): select_backend(capability, gemm).window
              for capability, gemm in [((9, 0), "own"), ((9, 0), "fp8"), ((8, 9), "auto"),
                                       ((9, 0), "bf16"), ((8, 0), "auto"), ((7, 5), "auto"),
                                       ((10, 0), "own"), ((12, 0), "own"), (None, "auto")]}

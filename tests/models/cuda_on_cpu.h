@@ -72,6 +72,7 @@ struct Fiber {
 
 // What a kernel sees, of the fiber whose turn it is.
 inline Index gridDim;
+inline Index blockDim;
 inline Index blockIdx;
 inline Index threadIdx;
 inline int block_rank;
@@ -190,6 +191,7 @@ void launch(dim3 grid, int threads, int shared_bytes, cudaStream_t, Kernel kerne
   kernel_call = kernel;
   gridDim.x = grid.x;
   gridDim.y = grid.y;
+  blockDim.x = threads;
   for (unsigned y = 0; y < grid.y; y++) {
     for (unsigned x = 0; x < grid.x; x += cluster_size)
       run_cluster(x, y, threads);

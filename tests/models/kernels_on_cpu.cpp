@@ -4,6 +4,7 @@ a `sign_order` a SignOrder of ops.h.
 */
 #include "cuda_on_cpu.h"
 #include "ops.h"
+#include "round.cuh"
 
 extern "C" {
 
@@ -47,6 +48,32 @@ void unrotate(void* d, bool is_bf16, const int32_t* mask, int64_t M, int64_t K, 
 void to_fp8_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right,
                   void* values, float* tile_scales) {
   packed_to_fp8_tiles(codes, scales, M, K, right, values, tile_scales, nullptr);
+}
+
+void to_fp8_rows(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, float alpha,
+                 uint8_t* fp8, float* row_scales) {
+  packed_to_fp8_rows(codes, scales, M, K, alpha, fp8, row_scales, nullptr);
+}
+
+void swizzle(const uint8_t* scales, int64_t rows, int64_t blocks, uint8_t* out) {
+  swizzle_scales(scales, rows, blocks, out, nullptr);
+}
+
+// Rounds n blocks of 32 values to codes, 16 bytes a block; stochastically if there is a seed.
+void round_blocks(const float* u, int64_t n, bool clips, const int64_t* seed, uint8_t* codes) {
+  for (int64_t i = 0; i < n; i++) {
+    Block32 v;
+    memcpy(v, u + 32 * i, sizeof(v));
+    uint4 packed;
+    if (seed) {
+      Fp16Pairs pairs;
+      round_stochastically(v, FP16_UNIT, *seed, i, pairs);
+      packed = fp16_to_codes(pairs);
+    } else {
+      packed = clips ? nearest_codes<true>(v, NEAREST_UNIT) : nearest_codes<false>(v, NEAREST_UNIT);
+    }
+    memcpy(codes + 16 * i, &packed, 16);
+  }
 }
 
 void multiply_fp32(const uint8_t* a, const uint8_t* a_scales, const uint8_t* b,
