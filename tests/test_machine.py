@@ -98,6 +98,18 @@ def test_nothing_is_said_where_there_is_no_gpu_or_it_can_be_used(said, files, vi
     assert said(files, view) == ""
 
 
+def test_code_runs_on_the_gpus_that_cuda_says():
+    # Code of a GPU runs on later ones of the same first number, and PTX on all later ones.
+    gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
+    runs = {
+        "sm_75": [(7, 5)], "sm_80": [(8, 0), (8, 6), (8, 9)], "sm_86": [(8, 6), (8, 9)],
+        "sm_90": [(9, 0)], "sm_100": [(10, 0)], "sm_120": [(12, 0), (12, 1)],
+        "compute_80": gpus[1:], "compute_120": gpus[-2:],
+    }
+    for architecture, expected in runs.items():
+        assert [gpu for gpu in gpus if machine.runs_on(gpu, architecture)] == expected
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", " ", "none", "NoDevFiles"])
 def test_nothing_is_said_where_the_user_hides_the_gpu(said, hidden):
     machine_files = PCI | DRIVER | DEVICE
@@ -122,7 +134,8 @@ def test_this_machine_answers_at_once_and_raises_nothing():
     start = time.perf_counter()
     for _ in range(10):
         assert isinstance(machine.unusable_gpu(), str)
-    assert torch.cuda.is_available() or time.perf_counter() - start < 0.5
+    # A driver's program that hangs would take minutes; a busy machine may take a second.
+    assert torch.cuda.is_available() or time.perf_counter() - start < 5
 
 
 def test_torch_without_cuda_is_seen_as_it_is():
@@ -177,6 +190,7 @@ def test_a_gpu_is_described_by_its_name(gpu, device):
     ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312),
     ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA B200", 2250), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
     ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 3090", 71),
+    ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA H100 80GB HBM3", 989),
 ])
 def test_the_peak_of_a_known_card_is_its_own(gpu, name, tflops):
     gpu(name)

@@ -1,4 +1,6 @@
 """Facts about the files of a run: its folder, lock, log and checkpoints. Nothing is trained."""
+import dataclasses
+import datetime
 import errno
 import fcntl
 import json
@@ -15,7 +17,9 @@ import types
 import pytest
 import torch
 
+import quartet
 from data.files import UserError
+from fp4.recipes import AXES
 from test_train import equal
 from tools import checkpoint, run
 from tools.run import Step
@@ -251,7 +255,7 @@ def test_at_any_instant_of_a_save_there_is_a_whole_checkpoint(folder, monkeypatc
     except Crash:
         crashed = True
     monkeypatch.undo()
-    found = checkpoint.load(str(folder))
+    found = checkpoint.read(str(folder / "ckpt.pt"))
     assert len(found["history"]) in (20, 30) and equal(found, state_after(len(found["history"])))
     assert crashed == (at < 6)
     if not crashed:
@@ -296,6 +300,51 @@ def test_weights_and_moments_that_are_not_finite_are_noticed():
             assert not checkpoint.all_finite(state), moment
 
 
+def test_each_tensor_of_a_checkpoint_is_looked_at_whatever_is_beside_it():
+    finite = torch.zeros(3, dtype=torch.bfloat16)
+    for spoilt in ("first", "middle", "last"):
+        model = dict(first=finite, numbers=torch.arange(3), middle=finite, last=finite)
+        state = dict(model=model, optimizer=dict(state={}))
+        assert checkpoint.all_finite(state)
+        model[spoilt] = torch.tensor([0, math.nan, 0], dtype=torch.bfloat16)
+        assert not checkpoint.all_finite(state), spoilt
+
+
+# ---- the log is written
+
+def test_a_line_of_the_log_says_each_number_in_its_column():
+    row = Step(7, 5.1234567, 4.56789, 1.25e-3, 0.5, 12.34, 98765.4, "41.2%")
+    columns = run.log_row(row).rstrip("\n").split(",")
+    assert columns[:8] == ["7", "5.123457", "4.5679", "1.250000e-03", "0.500000", "12.3", "98765",
+                           "41.2%"]
+    assert run.log_row(row._replace(val=None)).split(",")[2] == ""
+    head = run.log_head(CONFIG, "A GPU, torch 2", "what multiplies", CORPUS)
+    *notes, names_of_columns = head.splitlines()
+    assert notes[1:] == [
+        f"# config {json.dumps(CONFIG)}", "# device A GPU, torch 2", "# fp4 what multiplies",
+        f"# data {json.dumps(CORPUS)}"]
+    assert names_of_columns.split(",") == list(Step._fields) and len(columns) == len(Step._fields)
+    assert names_of_columns.startswith("step,loss,val,lr,norm,ms,tokens_per_s,mfu")
+    found = run.parse_log(head + run.log_row(row) + run.log_end("1.03 GiB"))
+    assert found.history == [Step(7, 5.123457, 4.5679, 1.25e-3, 0.5, 12.3, 98765, "41.2%")]
+    assert found.device == "A GPU, torch 2" and found.memory == "1.03 GiB"
+    assert found.date == str(datetime.date.today())
+
+
+def test_a_validation_loss_of_zero_was_evaluated():
+    found = run.parse_log(log_text(0) + run.log_row(step(1, val=0.0)) + run.log_end("n/a"))
+    assert found.vals == [0.0] and found.ended
+
+
+def test_the_name_of_a_run_tells_what_its_settings_change():
+    settings = dict(precision="fp4", seed=0, keep_first=0, keep_last=0, scale=None)
+    assert run.label(settings) == "fp4"
+    assert run.label(settings | dict(seed=2)) == "fp4-seed2"
+    assert run.label(settings | dict(scale="nearest", keep_first=1, seed=2)) == \
+        "fp4-nearest-keep_first-1-seed2"
+    assert run.label(settings | dict(keep_last=3)) == "fp4-keep_last-3"
+
+
 # ---- the log of a resumed run
 
 def test_a_resumed_run_keeps_the_head_of_its_log_and_says_from_which_step_on(log):
@@ -307,18 +356,20 @@ def test_a_resumed_run_keeps_the_head_of_its_log_and_says_from_which_step_on(log
     assert lines == [
         *own_head,
         *log_text(6).splitlines()[len(own_head):],
-        '# resumed {"step": 6, "changes": {"lr": [0.002, 0.001]}}',
+        '# resumed {"step": 6, "changes": {"lr": [0.002, 0.001]}, "commit": "%s"}'
+        % run.git_commit(),
     ]
     found = run.read_log(log)
     assert found.config == CONFIG | dict(lr=1e-3) and found.config["seed"] == 5
-    assert found.resumed == [{"step": 6, "changes": {"lr": [2e-3, 1e-3]}}]
+    assert found.resumed == [
+        {"step": 6, "changes": {"lr": [2e-3, 1e-3]}, "commit": run.git_commit()}]
     assert found.corpus == CORPUS
     assert [row.step for row in found.history] == [1, 2, 3, 4, 5, 6]
 
 
 def test_every_resume_is_said_and_what_is_trained_again_is_dropped(log):
     def steps(first, last):
-        return [step(number, val=4.5 if number == 4 else None) for number in range(first, last + 1)]
+        return [step(number, val=None if number % 4 else 4.5) for number in range(first, last + 1)]
 
     def train(first, last):
         with open(log, "a") as file:
@@ -334,8 +385,9 @@ def test_every_resume_is_said_and_what_is_trained_again_is_dropped(log):
     train(5, 8)
     with open(log, "a") as file:
         file.write(run.log_end("n/a"))
+    assert run.read_log(log).ended
     assert resume(8, {"steps": [9, 12]}) == [4, 8]
-    assert run.read_log(log).date == "" and run.read_log(log).config["steps"] == 12
+    assert not run.read_log(log).ended and run.read_log(log).config["steps"] == 12
     train(9, 10)
     with open(log, "a") as file:
         file.write("11,4.0,,1e-3,1.")   # killed in the middle of a line
@@ -382,6 +434,26 @@ def test_a_run_with_a_validation_loss_that_is_not_finite_has_ended_and_diverged(
     assert not run.read_log(log).not_finite and not run.read_log(log).ended
 
 
+def test_a_run_that_ends_no_better_than_it_began_diverged(log):
+    for last, diverged in ((4.4, False), (4.5, False), (4.6, True)):
+        rows = [step(1, val=4.5), step(2), step(3, val=last)]
+        log.write_text(log_text(0) + "".join(map(run.log_row, rows)) + run.log_end("n/a"))
+        found = run.read_log(log)
+        assert found.vals == [4.5, last] and found.ended and not found.not_finite
+        assert found.diverged == diverged, last
+    log.write_text(log_text(3) + run.log_row(step(4)._replace(norm=math.inf)))
+    assert run.read_log(log).not_finite and math.isnan(run.read_log(log).history[-1].loss)
+
+
+def test_what_is_kept_of_a_log_are_its_notes_the_evaluated_steps_and_the_last():
+    rows = [step(1), step(2, val=4.5), step(3), step(4)]
+    lines = list(map(run.log_row, rows))
+    head = log_text(0)
+    text = head + lines[0] + lines[1] + run.log_resumed(2, {}) + lines[2] + lines[3]
+    assert run.thin_log(text) == head + lines[1] + run.log_resumed(2, {}) + lines[3]
+    assert run.split_logs(text + head) == [text, head]
+
+
 def test_a_run_whose_last_step_was_not_evaluated_has_not_ended(log):
     rows = [step(1), step(2, val=4.5), step(3)]
     unfinished = log_text(0) + "".join(map(run.log_row, rows)) + run.log_end("n/a")
@@ -403,6 +475,11 @@ def test_an_older_log_without_a_corpus_stays_usable():
 
 def with_config(**settings):
     return log_text(2, CONFIG | settings)
+
+
+def whole_row(text):
+    "a row of the table that has all of its columns, the last of which may be empty"
+    return text + "," * (len(Step._fields) - 1 - text.count(",")) + "\n"
 
 
 GOOD = log_text(2)
@@ -431,8 +508,8 @@ FOREIGN = {
     "changes that are a list": GOOD + '# resumed {"step": 3, "changes": ["lr"]}\n',
     "a change of one value": GOOD + '# resumed {"step": 3, "changes": {"lr": [1]}}\n',
     "a change of a type": GOOD + '# resumed {"step": 3, "changes": {"seed": [1, "a"]}}\n',
-    "a step that is text": GOOD + "third,1,,1,1,1,1,n/a\n",
-    "a loss that is text": GOOD + "3,high,,1,1,1,1,n/a\n",
+    "a step that is text": GOOD + whole_row("third,1,,1,1,1,1,n/a"),
+    "a loss that is text": GOOD + whole_row("3,high,,1,1,1,1,n/a"),
     "a step twice": GOOD + run.log_row(step(2)),
     "a step that is cut off in the middle": GOOD + "3,1,\n" + run.log_row(step(4)),
     "no device": GOOD.replace("# device", "# machine"),
@@ -501,6 +578,16 @@ def test_changes_leave_out_what_makes_no_other_model():
     assert not set(run.MAY_CHANGE) & set(run.NOT_IDENTITY)
 
 
+def test_what_makes_another_model_may_neither_change_nor_be_passed_over():
+    settings = {field.name for field in dataclasses.fields(quartet.Settings)}
+    assert {*run.MAY_CHANGE, *run.NOT_IDENTITY} <= settings
+    # The row, the blocks, the batches and the numbers in between: a run has the same to its end.
+    assert settings - {*run.MAY_CHANGE, *run.NOT_IDENTITY} == {
+        "precision", *AXES, "keep_first", "keep_last", "size", "seq", "batch", "seed", "dtype"}
+    # What only says how fast, on what and how often looked at makes two runs comparable.
+    assert set(run.HARMLESS) == {"micro", "compile", "device", "gemm", "eval_every"}
+
+
 # ---- one process at a time
 
 HOLD = """
@@ -527,7 +614,8 @@ except UserError as error:
 
 
 # Names that look like what a killed process leaves, but are the user's.
-MINE = ["log.csv-notes.tmp", "ckpt.pt.backup.tmp", "ckpt-07.pt.tmp", "notes.tmp"]
+MINE = ["log.csv-notes.tmp", "ckpt.pt.backup.tmp", "ckpt-07.pt.tmp", "notes.tmp",
+        "log.csv.tmp.mine", "my-ckpt.pt.tmp"]
 
 
 def start(code, folder):
@@ -609,6 +697,18 @@ def test_of_two_processes_that_start_at_the_same_instant_one_goes_on(tmp_path, i
         for process in processes:
             process.communicate("end\n")
         assert not is_old or names(tmp_path / "r.1") == ["log.csv"]
+
+
+def test_a_folder_in_use_is_refused_and_not_waited_for(folder, monkeypatch):
+    def flock(file, how):
+        assert how & fcntl.LOCK_NB, "it waits"
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (folder / "lock").write_text("process 1 on another-machine, started 2026-01-02 03:04:05")
+    with pytest.raises(UserError, match="in use by process 1 on .*: wait until it ends, or choose"):
+        with run.lock(str(folder)):
+            raise AssertionError("two at a time")
 
 
 def test_a_lock_file_that_was_taken_away_meanwhile_is_not_ours(folder, monkeypatch):
