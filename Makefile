@@ -14,7 +14,7 @@ kernels: nvcc ## install, and compile the kernels for this machine
 	@start=$$(date +%s); $(PYTHON) -c "import fp4; fp4.build()" && \
 	echo "make kernels: $$(($$(date +%s) - start)) s; next: python quartet.py --precision fp4"
 
-train: kernels matplotlib ## train the tiny model in FP4 and print a sample: 3 minutes on two cores
+train: kernels matplotlib ## train the tiny model in FP4 and print a sample: 4 minutes on two cores
 	$(PYTHON) quartet.py --precision fp4 --size tiny
 
 ablation: kernels matplotlib ## the study of tools/README.md; without a GPU a small one
@@ -34,7 +34,7 @@ test: test-packages ## the tests, in under 6 minutes on two cores
 test-all: test-packages ## all tests, also those that compile or simulate CUDA
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal tests
 
-mutants: test-packages ## plant faults, one at a time, and see whether the tests notice: 40 minutes
+mutants: test-packages ## plant faults, one at a time, and see whether the tests notice: 20 minutes
 	$(PYTHON) -m tools.mutants $(ARGS)
 
 style: ## the reading budget: columns, statements a line, names, tokens a line of code

@@ -14,9 +14,11 @@ otherwise.
 """
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,14 @@ TIME_LIMIT = 300                        # seconds; a fault that hangs is noticed
 TIME_LIMIT_OF_ALL = 3600                # for all tests that are named, without a fault
 
 PASSED, FAILED = 0, 1                   # exit codes of pytest
+# Each run of the tests is forked from a process that has loaded torch and pytest, which takes as
+# long as a few tests.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", "numpy", "torch", "torch._dynamo"])
+# Python recognises a stale .pyc by the time and the size of its source. A fault may have the same
+# of both, so nothing is cached.
+ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+
 KILLED = "killed"
 SURVIVED = "SURVIVED"
 EXPECTED = "survives"                   # The list says why.
@@ -106,17 +116,32 @@ def copy_repository(folder):
 
 def run_tests(folder, arguments, time_limit):
     """Runs pytest in a copy of the repository; returns its exit code and what it printed."""
-    # Python recognises a stale .pyc by the time and the size of its source. A fault may have the
-    # same of both, so nothing is cached.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rs", "-p", "no:cacheprovider",
-               *arguments]
-    try:
-        done = subprocess.run(command, cwd=folder, env=environment, timeout=time_limit,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except subprocess.TimeoutExpired:
-        return FAILED, "the time was up"
-    return done.returncode, done.stdout
+    with tempfile.NamedTemporaryFile() as output:
+        process = PROCESSES.Process(target=run_pytest, args=(folder, arguments, output.name))
+        process.start()
+        process.join(time_limit)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        printed = Path(output.name).read_text(errors="replace")
+    has_crashed = process.exitcode < 0
+    return FAILED if has_crashed else process.exitcode, printed
+
+
+def run_pytest(folder, arguments, output):
+    """What a process of its own does: it becomes pytest in this folder, and prints into a file."""
+    os.setsid()                         # With this, all that it starts can be stopped, too.
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    import pytest                       # Here it is loaded already, and so is torch.
+    for name in list(sys.modules):      # Ours are to come from the copy.
+        if name.partition(".")[0] in ("quartet", "model", "data", "fp4", "tools"):
+            del sys.modules[name]
+    os.chdir(folder)
+    sys.path = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.dont_write_bytecode = True
+    sys.exit(pytest.main(["-x", "-q", "-rs", "-p", "no:cacheprovider", *arguments]))
 
 
 def plant(mutant, folder):
@@ -135,12 +160,18 @@ def plant(mutant, folder):
     return Result(mutant, outcome, time.perf_counter() - start)
 
 
-def check_tests(folder, mutants):
+def check_tests(folders, mutants):
     """Raises ValueError unless all tests that are named pass without a fault."""
-    arguments = dict.fromkeys(part for mutant in mutants for part in mutant.tests.split())
-    code, output = run_tests(folder, arguments, TIME_LIMIT_OF_ALL)
-    if code != PASSED or "SKIPPED" in output:
-        raise ValueError(f"without a fault, tests fail or are skipped:\n{output}")
+    tests = sorted({part for mutant in mutants for part in mutant.tests.split()})
+    shares = [tests[i::len(folders)] for i in range(len(folders))]
+
+    def run_share(folder, share):
+        return run_tests(folder, share, TIME_LIMIT_OF_ALL) if share else (PASSED, "")
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        for code, output in pool.map(run_share, folders, shares):
+            if code != PASSED or "SKIPPED" in output:
+                raise ValueError(f"without a fault, tests fail or are skipped:\n{output}")
 
 
 def plant_all(mutants, folders):
@@ -192,11 +223,12 @@ def main(argv):
         wrong = list(mistakes(mutants))
         if wrong or not mutants:
             raise ValueError("\n".join(wrong) or "there is no such fault")
+        os.environ.update(ENVIRONMENT)
         with tempfile.TemporaryDirectory() as temporary:
             folders = [Path(temporary) / str(i) for i in range(max(1, args.jobs))]
             for folder in folders:
                 copy_repository(folder)
-            check_tests(folders[0], mutants)
+            check_tests(folders, mutants)
             results = []
             for result in plant_all(mutants, folders):
                 results.append(result)

@@ -1,0 +1,60 @@
+"""Faults in what counts the blocks beyond FP8's window, and in the runner of this list."""
+from tools.mutants import Mutant
+
+TESTS = "tests/test_window.py::"
+COUNTED = TESTS + "test_blocks_are_counted_like_those_that_the_definition_of_the_tiles_loses"
+EVERY = TESTS + "test_every_operand_of_every_product_is_counted"
+RUNNER = "tests/test_mutants.py::"
+
+MUTANTS = [
+    Mutant("the window of E4M3 has 16 exponents",
+           "fp4/window.py", "Window(15, 1, 4)", "Window(16, 1, 4)", COUNTED),
+    Mutant("a group of the right operand is one row",
+           "fp4/window.py", "Window(29, 32, 4)", "Window(29, 1, 4)", COUNTED),
+    Mutant("blocks of zeros count",
+           "fp4/window.py", "counts = ~is_zero & (scales != 255)", "counts = scales != 255",
+           COUNTED),
+    Mutant("a NaN is the largest of its group",
+           "fp4/window.py", "counts = ~is_zero & (scales != 255)", "counts = ~is_zero", COUNTED),
+    Mutant("a block of negative zeros counts",
+           "fp4/window.py", "& 0x77 == 0", "& 0xff == 0", COUNTED),
+    Mutant("a row's scale is a tile's",
+           "fp4/window.py", '"fp8": (Window(15, 1, None)', '"fp8": (Window(15, 1, 4)',
+           TESTS + "test_with_a_scale_a_row_every_block_of_the_row_counts"),
+    Mutant("the weight is not counted",
+           "fp4/window.py", "    yield count_beyond(wq, right)\n", "", EVERY),
+    Mutant("the backward pass of fp4-fwd is counted",
+           "fp4/window.py", "if not layer.recipe.quantizes_backward:", "if False:", EVERY),
+    Mutant("right operands of the gradients are not counted",
+           "fp4/window.py", "        yield count_beyond(right_operand, right)\n", "", EVERY),
+    Mutant("the run's random numbers move on",
+           "fp4/window.py", "with torch.random.fork_rng(devices), torch.enable_grad():",
+           "with torch.enable_grad():", TESTS + "test_counting_changes_nothing"),
+    Mutant("hooks stay",
+           "fp4/window.py", "            hook.remove()", "            pass",
+           TESTS + "test_counting_changes_nothing"),
+    Mutant("a CPU has a window",
+           "fp4/window.py", " if layer.weight.is_cuda else None", "",
+           TESTS + "test_a_cpu_has_no_window_and_the_model_does_not_run"),
+    Mutant("the log does not hold the column",
+           "tools/run.py", ",{row.mfu},{beyond}", ",{row.mfu},",
+           TESTS + "test_the_log_has_the_blocks_beyond_the_window_of_a_million"),
+
+    Mutant("a survivor is called killed",
+           "tools/mutants.py", "{PASSED: SURVIVED, FAILED: KILLED}",
+           "{PASSED: KILLED, FAILED: KILLED}",
+           RUNNER + "test_what_tests_notice_is_killed_and_what_they_do_not_survives"),
+    Mutant("tests that cannot run kill",
+           "tools/mutants.py", ".get(code, BROKEN)", ".get(code, KILLED)",
+           RUNNER + "test_a_fault_that_keeps_the_tests_from_running_is_not_killed"),
+    Mutant("the fault is left in",
+           "tools/mutants.py", "    finally:\n        path.write_text(text)",
+           "    finally:\n        pass",
+           RUNNER + "test_what_tests_notice_is_killed_and_what_they_do_not_survives"),
+    Mutant("half is enough",
+           "tools/mutants.py", "LEAST_KILLED = 0.97", "LEAST_KILLED = 0.5",
+           RUNNER + "test_at_least_97_percent_have_to_be_killed_and_the_others_explained"),
+    Mutant("tests that are skipped count as passed",
+           "tools/mutants.py", ' or "SKIPPED" in output', "",
+           RUNNER + "test_a_list_that_proves_nothing_is_refused"),
+]
