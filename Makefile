@@ -43,6 +43,9 @@ style: ## the reading budget: columns, statements a line, names, tokens a line o
 compile: ## compile every kernel for every GPU it is meant for; needs nvcc, no GPU and no torch
 	@$(BARE_PYTHON) -m tools.compile
 
+lessons: kernels ## on a GPU: times the lessons beside what ships; rewrites their README's table
+	$(PYTHON) -m tools.lessons --write
+
 sanitize: kernels ## on a GPU: every kernel under compute-sanitizer
 	$(PYTHON) -m tools.sanitize
 
@@ -79,5 +82,5 @@ test-packages: matplotlib
 	$(PYTHON) -m pip install -q nvidia-cuda-nvdisasm || \
 	echo "test: no nvdisasm, so that no machine code is checked"; fi
 
-.PHONY: help kernels train ablation law bench test test-all mutants style compile sanitize \
-        blackwell-report clean nvcc matplotlib test-packages
+.PHONY: help kernels train ablation law bench test test-all mutants style compile \
+        lessons sanitize blackwell-report clean nvcc matplotlib test-packages

@@ -140,7 +140,8 @@ def library_name(sources, flags, target):
                 processor_features())
     digest = hashlib.sha256(repr(made_for).encode())
     for path in sorted(Path(KERNELS).rglob("*")):
-        if path.suffix in SOURCE_SUFFIXES and path.is_file():
+        is_used = path.parent.name != "lessons" or f"lessons/{path.name}" in sources
+        if path.suffix in SOURCE_SUFFIXES and path.is_file() and is_used:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return f"kernels-{target or 'cpu'}-{digest.hexdigest()[:16]}"

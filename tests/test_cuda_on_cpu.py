@@ -33,7 +33,9 @@ KERNELS = TESTS.parent / "fp4" / "kernels"
 SOURCES = ["quantize.cu", "elementwise.cu", "fp8_tiles.cu", "scale_tiles.cu", "gemm_fp32.cu",
            "gemm_sm90.cu", "kernels_on_cpu.cpp"]
 OBJECTS = TESTS.parent / "fp4" / "build" / "cuda_on_cpu"        # what earlier runs have compiled
-REPLACED_HEADERS = ["ptx/tma.cuh", "ptx/wgmma.cuh"]             # by models/sm90_on_cpu.h
+# Headers of single instructions, and the models that take their place.
+REPLACED_HEADERS = {"ptx/tma.cuh": "sm90_on_cpu.h", "ptx/wgmma.cuh": "sm90_on_cpu.h",
+                    "ptx/mma_fp8.cuh": "mma_fp8_on_cpu.h"}
 
 PACKED, MXF4, FP8_LEFT, FP8_RIGHT = range(4)                    # OperandFormat in ops.h
 
@@ -82,9 +84,9 @@ def write_translation(folder, mistake=None):
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(translate(text))
-    for name in REPLACED_HEADERS:
-        (folder / name).write_text('#include "sm90_on_cpu.h"\n')
-    for name in ("cuda_on_cpu.h", "sm90_on_cpu.h", "kernels_on_cpu.cpp"):
+    for name, model in REPLACED_HEADERS.items():
+        (folder / name).write_text(f'#include "{model}"\n')
+    for name in ("cuda_on_cpu.h", *set(REPLACED_HEADERS.values()), "kernels_on_cpu.cpp"):
         shutil.copy(MODELS / name, folder)
 
 
@@ -112,31 +114,32 @@ def texts_of(folder, name):
         path = next((p for p in (folder / name, MODELS / name) if p.is_file()), None)
         if path and name not in texts:
             texts[name] = path.read_text()
-            names += re.findall(r'#include "(.*?)"', texts[name])
+            for included in re.findall(r'#include "(.*?)"', texts[name]):
+                names += [included, os.path.normpath(os.path.join(name, "..", included))]
     return texts
 
 
-def object_of(folder, source):
+def object_of(folder, source, flags):
     """Where the object of a translated source lies, by what it is made of.
 
     Where another run has made it, it is not made again.
     """
-    made_of = (FLAGS, sorted(texts_of(folder, source).items()))
+    made_of = (FLAGS, flags, sorted(texts_of(folder, source).items()))
     digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    return OBJECTS / f"{source}-{digest}.o"
+    return OBJECTS / f"{os.path.basename(source)}-{digest}.o"
 
 
-def compile_missing(folder, sources):
-    """Compiles translated sources to their objects, and returns these."""
-    objects = [object_of(folder, source) for source in sources]
+def compile_missing(folder, sources, flags=()):
+    """Compiles translated sources to their objects, with more flags, and returns these."""
+    objects = [object_of(folder, source, flags) for source in sources]
     missing = [pair for pair in zip(sources, objects) if not pair[1].exists()]
     OBJECTS.mkdir(parents=True, exist_ok=True)
     if len(missing) > 1:                        # For a single one it does not pay.
-        wait_for(start_compiler("-I", MODELS, "-x", "c++-header", MODELS / "cuda_on_cpu.h",
+        wait_for(start_compiler(*flags, "-I", MODELS, "-x", "c++-header", MODELS / "cuda_on_cpu.h",
                                 "-o", folder / "cuda_on_cpu.h.gch"))
     compilers = [
-        start_compiler("-I", folder, "-I", MODELS, "-include", folder / "cuda_on_cpu.h", "-x",
-                       "c++", "-c", folder / source, "-o", folder / f"{source}.o")
+        start_compiler(*flags, "-I", folder, "-I", MODELS, "-include", folder / "cuda_on_cpu.h",
+                       "-x", "c++", "-c", folder / source, "-o", folder / f"{source}.o")
         for source, _ in missing]
     wait_for(*compilers)
     for source, path in missing:

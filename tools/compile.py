@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A kernel whose name ends in an architecture is for that one; any other is for all of these.
 EVERY_GPU = ("75", "80", "89", "90", "90a", "100", "100a", "120", "120a")
 BY_ARCHITECTURE = {"sm90": ("90a",), "sm100": ("100a", "103a"), "sm120": ("120a", "121a")}
+LESSONS = {"product_3": ("89", "90a", "120a"), "product_4": ("90a",)}
+EVERY_LESSON = ("75", "90a", "120a")    # any other
 
 
 def main(argv):
@@ -25,13 +27,18 @@ def main(argv):
     except RuntimeError as error:
         print("compile:", error, file=sys.stderr)
         return 2
-    jobs = []
-    for path in sorted(ROOT.glob("fp4/kernels/*.cu")):
-        architecture = path.stem.split("_")[-1]
-        jobs += [(nvcc, path, gpu) for gpu in BY_ARCHITECTURE.get(architecture, EVERY_GPU)]
+    paths = [*ROOT.glob("fp4/kernels/*.cu"), *ROOT.glob("fp4/kernels/lessons/[!e]*.cu")]
+    jobs = [(nvcc, path, gpu) for path in sorted(paths) for gpu in gpus_of(path)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_kernel, jobs))
     return 0 if all(results) else 1
+
+
+def gpus_of(path):
+    """The GPUs that a .cu is for."""
+    if path.parent.name == "lessons":
+        return LESSONS.get(path.stem, EVERY_LESSON)
+    return BY_ARCHITECTURE.get(path.stem.split("_")[-1], EVERY_GPU)
 
 
 def compile_kernel(job):

@@ -44,8 +44,10 @@ inline int attribute_value(cudaDeviceAttr attribute) {
 #define cudaDeviceGetAttribute(value, attribute, device) (*(value) = attribute_value(attribute))
 #define cudaGetErrorString(error) "no error"
 
+using std::isfinite;
 using std::max;
 using std::min;
+using std::signbit;
 
 // ---- fibers
 

@@ -560,7 +560,7 @@ REPORTS = [
            COMPILED),
     Mutant("a GEMM is compiled for GPUs that lack its instructions",
            "tools/compile.py",
-           "BY_ARCHITECTURE.get(architecture, EVERY_GPU)",
+           'BY_ARCHITECTURE.get(path.stem.split("_")[-1], EVERY_GPU)',
            "EVERY_GPU",
            COMPILED),
     Mutant("a warning does not fail",
