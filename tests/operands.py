@@ -28,6 +28,22 @@ def every_scale_byte():
     return Packed(codes, scales)
 
 
+def ugly_values(rows, columns):
+    """Blocks of all sizes, ties, zeros, NaN and Inf, in float32; in few rows only the sizes."""
+    g = torch.Generator().manual_seed(rows)
+    sizes = torch.randint(-30, 30, (rows, columns // 32), generator=g).float().exp2()
+    x = torch.randn(rows, columns, generator=g) * sizes.repeat_interleave(32, 1)
+    if rows > 5:
+        x[1, :32] = torch.arange(32) / 4
+        x[2, -32:] = 0
+        x[3, :32] = 1e-40
+        x[4, :32] = 3e38
+        x[5, :32] = 2. ** -120
+        x[rows // 2, 3] = torch.nan
+        x[rows - 1, columns - 1] = torch.inf
+    return x
+
+
 def at_every_size():
     """A matrix [300, 64] whose row r has the size 2**(r - 150): subnormal numbers to infinity."""
     g = torch.Generator().manual_seed(0)

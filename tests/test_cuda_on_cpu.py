@@ -22,6 +22,7 @@ import torch
 from fp4 import reference
 from fp4.backend import swizzle_scales
 from fp4.ops import SIGN_ORDERS, Packed
+import operands
 from operands import (
     ALPHA, HOW_BACKWARD, at_every_size, error_of_a_sum,
     every_bfloat16_and_the_neighbours_of_midpoints, every_scale_byte, random_at_sizes,
@@ -239,20 +240,8 @@ EVERY_SIZE = (300, 64)
 
 @functools.cache
 def ugly_values(M, K, dtype):
-    """Blocks of all sizes, ties, zeros, NaN and Inf; or, in 300 rows, a row of each size."""
-    if (M, K) == EVERY_SIZE:
-        return at_every_size().to(dtype)
-    g = torch.Generator().manual_seed(M)
-    sizes = torch.randint(-30, 30, (M, K // 32), generator=g).float().exp2()
-    x = torch.randn(M, K, generator=g) * sizes.repeat_interleave(32, 1)
-    x[1, :32] = torch.arange(32) / 4
-    x[2, -32:] = 0
-    x[3, :32] = 1e-40
-    x[4, :32] = 3e38
-    x[5, :32] = 2. ** -120
-    x[M // 2, 3] = torch.nan
-    x[M - 1, K - 1] = torch.inf
-    return x.to(dtype)
+    """Those of operands.py; or, in 300 rows, a row of each size."""
+    return (at_every_size() if (M, K) == EVERY_SIZE else operands.ugly_values(M, K)).to(dtype)
 
 
 @functools.cache

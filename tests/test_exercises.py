@@ -3,17 +3,15 @@ Is an exercise of fp4/kernels/lessons/exercises.md right? Skipped as long as it 
 
     python -m pytest tests/test_exercises.py -k exercise_1
 """
-import ctypes
-
 import pytest
 import torch
 
 import test_cuda_on_cpu
-from fp4 import ops, reference
-from fp4.build import find_or_compile
+from fp4 import reference
 from fp4.ops import Packed
+from operands import ugly_values
 from test_cuda_on_cpu import KERNELS, needs_toolkit
-from test_lessons import packed_pair, ugly_values
+from test_lessons import packed_pair
 from tools import lessons
 
 pytestmark = [pytest.mark.slow, needs_toolkit]
@@ -30,11 +28,9 @@ def solution(request, tmp_path):
     if not (KERNELS / source).exists():
         pytest.skip(f"there is no {name}.cu")
     if DEVICE == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        suffix = "a" if major >= 9 else ""
-        return ctypes.CDLL(find_or_compile((source, "fp8_tiles.cu"), (), f"{major}{minor}{suffix}"))
+        return lessons.compile_for_gpu([name])
     test_cuda_on_cpu.write_translation(tmp_path)
-    objects = test_cuda_on_cpu.compile_missing(tmp_path, [source, "fp8_tiles.cu"], ("-g", "-O0"))
+    objects = test_cuda_on_cpu.compile_missing(tmp_path, [source, *lessons.COMMON], ("-g", "-O0"))
     return test_cuda_on_cpu.link(tmp_path, objects)
 
 
@@ -45,11 +41,8 @@ def same(got, want):
 
 def forward(solution, name, x, *more):
     """what a forward quantiser makes of x [M, K], with arguments after it"""
-    x = x.to(DEVICE)
-    outputs = [torch.empty_like(part) for part in lessons.like_forward(x)]
-    lessons.call(getattr(solution, name), x, *(part.to(DEVICE) for part in more), *x.shape,
-                 *outputs, torch.empty(x.shape, device=DEVICE))
-    return outputs
+    on_device = (part.to(DEVICE) for part in (x, *more))
+    return lessons.quantize(solution, name, *on_device)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,12 +75,8 @@ def test_exercise_3_reads_bf16(solution, shape):
 def test_exercise_4_rounds_stochastically(solution, shape):
     dy = ugly_values(*shape)
     signs, seeds = reference.draw(dy, dy, 2)
-    rows, columns = shape
-    outputs = (*ops.packed_shapes(dy, rows, columns),
-               *ops.packed_shapes(dy, columns, ops.pad_to_32(rows)))
-    outputs = [part.to(DEVICE) for part in outputs]
-    lessons.call(solution.exercise_4, dy.to(DEVICE), rows, columns, signs.to(DEVICE),
-                 seeds.to(DEVICE), *outputs)
+    on_device = (part.to(DEVICE) for part in (dy, signs, seeds))
+    outputs = lessons.quantize_both_ways(solution, "exercise_4", *on_device)
     same(outputs, reference.quantize_backward(dy, signs, seeds, True, "before", "before"))
 
 
@@ -106,10 +95,10 @@ def test_exercise_5_has_blocks_of_16_with_a_scale_in_fp8(solution, shape):
     same([codes, scales], [code[:, 0::2] | code[:, 1::2] << 4, scale.view(torch.uint8)])
 
 
-def check_product(solution, name, shape, tolerance):
+def check_product(solution, name, shape, tolerance, takes_tiles=False):
     a, b = packed_pair(*shape)
     on_device = [Packed(*(part.to(DEVICE) for part in operand)) for operand in (a, b)]
-    got = lessons.multiply(solution, name, *on_device).cpu()
+    got = lessons.multiply(solution, name, *on_device, takes_tiles).cpu()
     exact = reference.gemm(*a, *b, 1.0, torch.float64)
     assert (got - exact).norm() <= tolerance * exact.norm()
 
@@ -123,7 +112,7 @@ def test_exercise_6_is_a_product(solution, shape):
 def test_exercise_7_is_a_product(solution, shape):
     if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a Hopper GPU, or none")
-    check_product(solution, "exercise_7", shape, 2 ** -13)
+    check_product(solution, "exercise_7", shape, 2 ** -13, takes_tiles=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,14 +4,13 @@ models/cuda_on_cpu.h stands in for CUDA.
 
     python -m pytest tests/test_lessons.py -k "cpu and quantize_1"      # one lesson on a CPU
 """
-import ctypes
-
 import pytest
 import torch
 
 import test_cuda_on_cpu
 from fp4 import reference
 from fp4.ops import Packed
+from operands import ugly_values
 from test_cuda_on_cpu import needs_toolkit
 from tools import lessons
 from tools.lessons import COMMON, LESSONS
@@ -52,20 +51,6 @@ def library(request):
     return find
 
 
-def ugly_values(rows, columns):
-    """Blocks of all sizes, ties, zeros, NaN and Inf."""
-    g = torch.Generator().manual_seed(rows)
-    sizes = torch.randint(-30, 30, (rows, columns // 32), generator=g).float().exp2()
-    x = torch.randn(rows, columns, generator=g) * sizes.repeat_interleave(32, 1)
-    if rows > 4:
-        x[1, :32] = torch.arange(32) / 4
-        x[2, -32:] = 0
-        x[3, :32] = 3e38
-        x[rows // 2, 3] = torch.nan
-        x[rows - 1, columns - 1] = torch.inf
-    return x
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,7 +68,8 @@ def test_a_forward_quantiser_gives_the_definitions_bytes(name, shape, device, li
 def test_the_backward_quantiser_quantize_4_gives_the_definitions_bytes(shape, device, library):
     dy = ugly_values(*shape)
     signs = torch.tensor([0x5A0F3C69])
-    got = lessons.quantize_both_ways(library(device, "quantize_4"), dy.to(device), signs.to(device))
+    got = lessons.quantize_both_ways(library(device, "quantize_4"), "quantize_4", dy.to(device),
+                                     signs.to(device))
     want = reference.quantize_backward(dy, signs, torch.zeros(2), False, "before", "before")
     for part, expected in zip(got, want, strict=True):
         assert torch.equal(part.cpu(), expected)
@@ -110,8 +96,9 @@ def packed_pair(rows, columns, inner):
 def test_a_product_is_the_definitions_but_for_the_rounding_of_its_sums(
         name, shape, device, library):
     a, b = packed_pair(*shape)
-    got = lessons.multiply(library(device, name), name, *(
-        Packed(*(part.to(device) for part in operand)) for operand in (a, b))).cpu()
+    on_device = [Packed(*(part.to(device) for part in operand)) for operand in (a, b)]
+    takes_tiles = any(lesson.name == name and lesson.takes_tiles for lesson in LESSONS)
+    got = lessons.multiply(library(device, name), name, *on_device, takes_tiles).cpu()
     exact = reference.gemm(*a, *b, 1.0, torch.float64)
     assert (got - exact).norm() <= 2 ** -13 * exact.norm()
     if name != "product_4":

@@ -461,3 +461,12 @@ def test_what_the_library_refuses_is_told_in_its_own_words(monkeypatch):
 
     assert blackwell_report.time_or_error(lambda: 0.12345) == "0.123"
     assert blackwell_report.time_or_error(refuse) == ("not supported " + "x" * 99)[:60]
+
+
+def test_style_leaves_a_readers_exercises_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "fp4" / "kernels" / "lessons"
+    folder.mkdir(parents=True)
+    for name in ("product_1.cu", "exercise_1.cu"):
+        (folder / name).write_text("")
+    monkeypatch.setattr(style, "ROOT", tmp_path)
+    assert [file.name for file in style.find_files(["fp4"])] == ["product_1.cu"]

@@ -50,6 +50,7 @@ class Lesson(NamedTuple):
     idea: str
     gpu: tuple = (7, 5)                 # the compute capability from which on it runs
     only: bool = False                  # there, and nowhere else
+    takes_tiles: bool = False           # a product that is given room for FP8 tiles of both
 
 
 LESSONS = (
@@ -60,7 +61,7 @@ LESSONS = (
     Lesson("product_1", "a thread an output"),
     Lesson("product_2", "share what is fetched"),
     Lesson("product_3", "MXFP4 as FP8 on tensor cores", (8, 9)),
-    Lesson("product_4", "TMA and wgmma", (9, 0), only=True),
+    Lesson("product_4", "TMA and wgmma", (9, 0), only=True, takes_tiles=True),
 )
 
 
@@ -78,11 +79,16 @@ def load():
     check(torch.cuda.is_available(), machine.unusable_gpu() or "torch sees no GPU here")
     capability = torch.cuda.get_device_capability()
     lessons = [lesson for lesson in LESSONS if runs_on(lesson, capability)]
-    sources = tuple(f"lessons/{lesson.name}.cu" for lesson in lessons)
-    suffix = "a" if any(lesson.only for lesson in lessons) else ""
-    target = f"{capability[0]}{capability[1]}{suffix}"
-    library = find_or_compile((*sources, *COMMON), (), target)
-    return ctypes.CDLL(library), lessons
+    return compile_for_gpu([lesson.name for lesson in lessons]), lessons
+
+
+def compile_for_gpu(names):
+    """The library of these files of the folder, for the GPU at hand."""
+    major, minor = torch.cuda.get_device_capability()
+    # The suffix a allows the instructions that only this architecture has.
+    target = f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
+    sources = tuple(f"lessons/{name}.cu" for name in names)
+    return ctypes.CDLL(find_or_compile((*sources, *COMMON), (), target))
 
 
 def call(function, *args):
@@ -95,33 +101,32 @@ def call(function, *args):
     function(*converted, ctypes.c_void_p(stream))
 
 
-def quantize(library, name, x):
-    """What lesson `name` makes of x, float32 [M, K]: codes, scales and mask."""
-    codes, scales, mask = (torch.empty_like(part) for part in like_forward(x))
+def quantize(library, name, x, *more):
+    """What `name` makes of x [M, K], and of more tensors after it: codes, scales and mask."""
+    parts = (*ops.packed_shapes(x, *x.shape), ops.mask_shape(x))
     rotated = torch.empty_like(x)       # Only the first lesson has use for it.
-    call(getattr(library, name), x, *x.shape, codes, scales, mask, rotated)
-    return codes, scales, mask
-
-
-def like_forward(x):
-    return *ops.packed_shapes(x, *x.shape), ops.mask_shape(x)
-
-
-def quantize_both_ways(library, dy, signs):
-    """What quantize_4 makes of dy, float32 [M, K]: codes and scales of it and of its transpose."""
-    rows, columns = dy.shape
-    parts = (*ops.packed_shapes(dy, rows, columns),
-             *ops.packed_shapes(dy, columns, ops.pad_to_32(rows)))
-    call(library.quantize_4, dy, rows, columns, signs, *parts)
+    call(getattr(library, name), x, *more, *x.shape, *parts, rotated)
     return parts
 
 
-def multiply(library, name, a, b):
-    """The product a b.T, float32, of two Packed, as lesson `name` computes it."""
+def quantize_both_ways(library, name, dy, *random):
+    """What `name` makes of dy, float32 [M, K]: codes and scales of it and of its transpose.
+
+    random is the signs, and whatever else it draws from.
+    """
+    rows, columns = dy.shape
+    parts = (*ops.packed_shapes(dy, rows, columns),
+             *ops.packed_shapes(dy, columns, ops.pad_to_32(rows)))
+    call(getattr(library, name), dy, rows, columns, *random, *parts)
+    return parts
+
+
+def multiply(library, name, a, b, takes_tiles=False):
+    """The product a b.T, float32, of two Packed, as `name` computes it."""
     rows, columns, inner = len(a.codes), len(b.codes), 2 * a.codes.shape[1]
     y = torch.empty(rows, columns, device=a.codes.device)
     tiles = ()
-    if name in ("product_4", "exercise_7"):         # They need room for FP8 tiles of both.
+    if takes_tiles:
         tiles = (*ops.operand_shapes(y, rows, inner, "fp8"),
                  *ops.operand_shapes(y, columns, inner, "fp8", is_right=True))
     call(getattr(library, name), *a, *b, rows, columns, inner, y, *tiles)
@@ -150,10 +155,11 @@ def measure(library, lessons):
     }
     for lesson in lessons:
         if is_product(lesson):
-            ms = gpu_milliseconds(lambda: multiply(library, lesson.name, a, b), 5)
+            ms = gpu_milliseconds(
+                lambda: multiply(library, lesson.name, a, b, lesson.takes_tiles), 5)
             yield lesson, ms, shipped["product"], 2 * SIDE ** 3 / 1e12
         elif lesson.name == "quantize_4":
-            ms = gpu_milliseconds(lambda: quantize_both_ways(library, x, signs))
+            ms = gpu_milliseconds(lambda: quantize_both_ways(library, lesson.name, x, signs))
             yield lesson, ms, shipped["backward"], M * K * (4 + 2 * packed) / 1e9
         else:
             ms = gpu_milliseconds(lambda: quantize(library, lesson.name, x))
