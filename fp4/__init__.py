@@ -14,6 +14,8 @@ MODULE_OF = {
     "quantize_weights": "whole_model",
     "check_weights": "whole_model",
     "replace_linears": "whole_model",
+    "shard": "sharded",
+    "mark_last": "whole_model",
     "blocks_beyond_window": "window",
     "Packed": "ops",
     "Backend": "backend",

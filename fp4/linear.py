@@ -158,19 +158,23 @@ class Linear(nn.Linear):
             backend = build()
         self.backend = backend
         self.stored = None
+        self.strip = None           # sharded.py: of a weight that is spread over processes
+        self.gathered = None        # and what its products read instead of it
 
     def forward(self, x):
+        stored_weight.check_gathered(self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if not self.recipe.is_quantized:
-            return F.linear(x, self.weight.to(x.dtype), bias)
+            return F.linear(x, stored_weight.cast(self, x.dtype), bias)
 
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.has_kernels:
-            w_quantized = stored_weight.operand(self.stored, self.weight, self.recipe.forward_scale)
+            w_quantized = self.gathered or stored_weight.operand(
+                self.stored, self.weight, self.recipe.forward_scale)
             y = QuartetMatmul.apply(
                 rows, self.weight, w_quantized, self.recipe, self.backend, self.recompute)
         else:
-            y = emulate.Matmul.apply(rows, self.weight, self.recipe)
+            y = emulate.Matmul.apply(rows, self.weight, self.recipe, self.gathered)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 

@@ -7,7 +7,7 @@ where compiled code and CUDA graphs expect it. But not only the optimizer change
 load_state_dict, copy_, the swap with an average, .to and others do. So the copy has a note of its
 source: the memory of the weight, and torch's count of the changes made to it in place (_version).
 The copy is fresh as long as both are the same. (Torch forgets to count the step of a fused
-optimizer, so count_fused_step does.) Who looks?
+optimizer, so count_step does.) Who looks?
 
     eager       Linear.forward, before each product. It quantises the weight anew, for this
                 product alone, if the copy is not fresh
@@ -16,8 +16,9 @@ optimizer, so count_fused_step does.) Who looks?
     CUDA graph  nobody: a replay runs kernels only. Call quantize_weights after a change. That is
                 also what torch.compile(mode="reduce-overhead") does
 
-Nothing can see that weight.data is changed in place, which torch does not count. There, too, one
-has to call quantize_weights. check_weights of whole_model.py finds what was forgotten.
+Nothing can see that weight.data is changed in place, which torch does not count, nor a call of
+torch._foreach_* on the weights of a sharded model. There, too, one has to call quantize_weights.
+check_weights of whole_model.py finds what was forgotten.
 """
 import weakref
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
+from .check import check
 from .ops import Packed
 
 
@@ -55,14 +57,16 @@ def is_fresh(stored, weight):
     return getattr(stored.packed.codes, "source", None) == source_of(weight)
 
 
-def count_fused_step(optimizer, args, kwargs):
-    """Counts the step of an optimizer with fused=True as a change of its parameters."""
+def count_step(optimizer, args, kwargs):
+    """Counts the step of an optimizer as a change of its parameters, where torch does not: with
+    fused=True, and with foreach=True in a sharded model, whose parameters are DTensors."""
     for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
+        for parameter in group["params"]:
+            if group.get("fused") or is_sharded(parameter):
+                torch.autograd.graph.increment_version(parameter)
 
 
-register_optimizer_step_post_hook(count_fused_step)
+register_optimizer_step_post_hook(count_step)
 
 
 # ---- making a copy, and choosing one for a product
@@ -101,6 +105,43 @@ def operand(stored, weight, scale):
     if is_at_hand(stored, weight) and (torch.compiler.is_compiling() or is_fresh(stored, weight)):
         return stored
     return quantize(weight, scale)
+
+
+# ---- a weight that was gathered from several processes
+
+class GatheredWeight(torch.autograd.Function):
+    """Stands for weight.to(dtype) where that was done before the weight was gathered (sharded.py).
+
+    weight      [N, K]  float32; it only receives the gradient
+    gathered    [N, K]  the weight in the dtype of the activations
+    """
+
+    @staticmethod
+    def forward(ctx, weight, gathered):
+        return gathered.view_as(gathered)
+
+    @staticmethod
+    def backward(ctx, dw):
+        return dw.float(), None
+
+
+def is_sharded(weight):
+    """Says whether a weight is a strip, a DTensor, as fully_shard makes it (sharded.py)."""
+    return hasattr(weight, "to_local")
+
+
+def check_gathered(layer):
+    """Refuses a layer of a sharded model that is called by itself: the memory of what was gathered
+    is freed then, and a kernel would read it all the same."""
+    check(layer.gathered is None or not is_sharded(layer.weight),
+          "this layer is a part of a sharded model: call the whole model")
+
+
+def cast(layer, dtype):
+    """Returns the weight of a layer in the dtype of the activations."""
+    if layer.gathered is None:
+        return layer.weight.to(dtype)
+    return GatheredWeight.apply(layer.weight, layer.gathered)
 
 
 # ---- the op of a compiled graph

@@ -8,13 +8,21 @@ from .linear import Linear
 
 
 def layers_with_kernels(model):
+    """Yields the name and the layer of each Linear that runs on the kernels, its weight whole."""
+    for name, layer in linears(model):
+        if layer.has_kernels and not stored_weight.is_sharded(layer.weight):
+            yield name, layer
+
+
+def linears(model):
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.has_kernels:
+        if isinstance(module, Linear):
             yield name, module
 
 
 def quantize_weights(model):
-    """Quantises the weight of every layer of the model that runs on the kernels.
+    """Quantises the weight of every layer of the model that runs on the kernels, and in a sharded
+    model what travels of each weight.
 
     A training loop calls it before its first step and after every optimizer.step(): once a step,
     not once a microbatch. Other changes of a weight are noticed, but for two that
@@ -22,10 +30,27 @@ def quantize_weights(model):
     """
     for _, layer in layers_with_kernels(model):
         layer.quantize_weight()
+    strips = [layer.strip for _, layer in linears(model) if layer.strip is not None]
+    if strips:
+        from .sharded import renew_strips       # It imports much that others do not need.
+        renew_strips(strips)
+
+
+def mark_last(model, is_last):
+    """Tells a model of several processes, before each microbatch, whether it is the step's last.
+
+    PyTorch's DistributedDataParallel averages the gradients with the last one only. Blocks of a
+    sharded model whose weights are quantised keep what was gathered until then.
+    """
+    model.require_backward_grad_sync = is_last
+    for module in model.modules():
+        if getattr(module, "keeps_gathered", False):
+            module.set_reshard_after_backward(is_last, recurse=False)
 
 
 def check_weights(model):
-    """Raises ValueError, naming a layer, if a stored copy is not what its weight gives.
+    """Raises ValueError, naming a layer, if a stored copy is not what its weight gives, or if in a
+    sharded model what travels is not; there all processes call it together.
 
     It quantises every weight and compares, so it is for finding a mistake, not for every step.
     """
@@ -35,8 +60,15 @@ def check_weights(model):
         expected = stored_weight.quantize(layer.weight, layer.recipe.forward_scale)
         pairs = zip(stored_weight.parts(layer.stored), stored_weight.parts(expected))
         is_same = all(torch.equal(part.to(other.device), other) for part, other in pairs)
-        check(is_same, f"{name or 'the layer'}: the stored quantised weight is not that of the "
-                       "weight; call fp4.quantize_weights(model) after changing weights")
+        check_same(is_same, name)
+    for name, layer in linears(model):
+        if layer.strip is not None and layer.strip.quantized is not None:
+            check_same(layer.strip.is_right(), name)
+
+
+def check_same(is_same, name):
+    check(is_same, f"{name or 'the layer'}: the stored quantised weight is not that of the weight; "
+                   "call fp4.quantize_weights(model) after changing weights")
 
 
 def replace_linears(model, recipe, keep=()):

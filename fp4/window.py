@@ -85,8 +85,9 @@ def count_in_model(model, *inputs, windows_of=windows_of):
     """Runs a model forward and backward once, and counts the blocks of all its quantised products.
 
     model(*inputs) has to return a loss. Returns {layer's name: Count}, without the layers that have
-    no window; the model does not run if none has one. Gradients, random numbers and all else stay
-    as they were.
+    no window, and without those of a sharded model (sharded.py), whose weights are not here; the
+    model does not run if no layer is left. Gradients, random numbers and all else stay as they
+    were.
     """
     names = {layer: name for name, layer in layers_with_kernels(model) if windows_of(layer)}
     if not names:

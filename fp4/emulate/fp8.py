@@ -36,9 +36,14 @@ class Scaled(NamedTuple):
     scale: torch.Tensor             # a float32 scalar
 
 
-def quantize(x, dtype):
-    """Rounds x to FP8 under one scale. A NaN or Inf anywhere makes all of it NaN."""
-    largest = x.abs().amax().float().clamp_min(1e-30)
+def quantize(x, dtype, largest=None):
+    """Rounds x to FP8 under one scale. A NaN or Inf anywhere makes all of it NaN.
+
+    largest     the largest magnitude of what x is a part of; None: of x
+    """
+    if largest is None:
+        largest = x.abs().amax()
+    largest = largest.float().clamp_min(1e-30)
     max_value = torch.finfo(dtype).max
     values = (x.float() * (max_value / largest)).to(dtype)
     return Scaled(values, largest / max_value)
@@ -86,13 +91,13 @@ def transpose(a): return Scaled(a.values.T.contiguous(), a.scale)
 # ---- the method "fp8" of emulate.METHODS
 
 def forward(x, w, recipe):
-    """Computes y = x w.T; returns it and FP8 x and w for the backward pass.
+    """Computes y = x w.T; returns it and FP8 x and w for the backward pass. w may be FP8 already.
 
     The tensor cores want M, which dw sums over, to be a multiple of 16: rows of zeros are added.
     """
     padded = F.pad(x, (0, 0, 0, -len(x) % 16))
     x_fp8 = quantize(padded, E4M3)
-    w_fp8 = quantize(w, E4M3)
+    w_fp8 = w if isinstance(w, Scaled) else quantize(w, E4M3)
     y = matmul(x_fp8, w_fp8, x.dtype, fast_accum=True)
     return y[:len(x)], (*x_fp8, *w_fp8)
 

@@ -285,13 +285,14 @@ class Matmul(torch.autograd.Function):
     x           [M, K]  bfloat16 or float32
     w           [N, K]  float32
     recipe      a Recipe
+    w_ready     None, or w as the method quantises it, where that is done already
     returns     [M, N]  in x's dtype
     """
 
     @staticmethod
-    def forward(ctx, x, w, recipe):
+    def forward(ctx, x, w, recipe, w_ready=None):
         method_forward, _ = METHODS[recipe.method]
-        y, saved = method_forward(x, w, recipe)
+        y, saved = method_forward(x, w if w_ready is None else w_ready, recipe)
         ctx.save_for_backward(*saved)
         ctx.recipe = recipe
         return y
@@ -300,4 +301,4 @@ class Matmul(torch.autograd.Function):
     def backward(ctx, dy):
         _, method_backward = METHODS[ctx.recipe.method]
         dx, dw = method_backward(dy.contiguous(), ctx.saved_tensors, ctx.recipe)
-        return dx, dw, None
+        return dx, dw, None, None

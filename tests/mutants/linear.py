@@ -118,7 +118,7 @@ MUTANTS = [
            IN_STORED + "test_a_layer_made_in_inference_mode_has_no_count_of_changes_and_is_never"
            "_stale"),
     Mutant("the step of a fused optimizer is not counted", STORED,
-           "register_optimizer_step_post_hook(count_fused_step)\n", "\n",
+           "register_optimizer_step_post_hook(count_step)\n", "\n",
            EAGER + "[fp4-step_of_an_optimizer]"),
     Mutant("a new copy is always made, in new memory", STORED,
            "if is_at_hand(stored, weight):\n", "if False:\n",
