@@ -216,6 +216,10 @@ class Llama(nn.Module):
         x = self.embed(idx).to(self.dtype)
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
+        return self.predict(x, targets)
+
+    def predict(self, x, targets):
+        """x [B, T, n_embd], which the blocks have made -> what forward returns."""
         x = self.norm(x)
         logits = F.linear(x, self.head.weight.to(x.dtype)).float()
         if targets is None:

@@ -6,17 +6,16 @@ precision of the table in fp4/recipes.py.
     python quartet.py --precision bf16,fp4             # both, from the same weights and batches
     python quartet.py --size 30M --data python         # the paper's smallest model, on a GPU
     python quartet.py --sample "def main("             # continue a text with the trained model
+    torchrun --nproc_per_node=4 quartet.py             # the same run, on four GPUs together
 
 A run leaves log.csv, curve.svg and ckpt.pt in out/NAME.
 
 Read from top to bottom: settings, schedule and evaluation, one run, sampling, main.
 """
-import contextlib
 import dataclasses
 import itertools
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from tools import cli, run              # the command line; the log and the lock
 from tools.cli import flag
 
 MAX_RUNS = 10_000                       # of one command line
-MAX_STEPS = 2 ** 31
 CHECKPOINT_SECONDS = 15 * 60            # A run that is killed loses no more than that.
 
 
@@ -79,9 +77,11 @@ class Settings:
     out: str = flag("out", "folder of all runs")
     name: str = flag(None, "folder of this run; default: SIZE-PRECISION")
     resume: bool = flag(False, "continue from the run's checkpoint, if there is one, with its "
-                               "settings; on a CPU bit for bit")
+                               "settings; one process on a CPU does it bit for bit")
     allow_changes: bool = flag(False, "with --resume: go on although a setting differs that makes "
                                       "another run")
+    shard: bool = flag(False, "with torchrun: spread the model over the processes, for one that "
+                              "does not fit (tools/README.md)")
     discard: bool = flag(False, "remove the checkpoints when the run is finished")
 
     # The machine.
@@ -131,12 +131,12 @@ from data.progress import bar_on_terminal
 from data.tokenizer import vocabulary_from_state
 from fp4.backend import GEMMS
 from model import PRESETS, Llama, count_params
-from tools import checkpoint, machine
+from tools import checkpoint, machine, processes
 
 
 def resolve(settings):
     """The settings of one run, checked, with the defaults that depend on others filled in."""
-    device = resolve_device(settings.device)
+    device = machine.resolve_device(settings.device)
     size = settings.size or ("tiny" if device == "cpu" else "30M")
     check(size in PRESETS, f"size {size!r} is not one of {', '.join(PRESETS)}")
     preset = PRESETS[size]
@@ -151,7 +151,7 @@ def resolve(settings):
     check(settings.lr is None or settings.lr > 0, "lr 0 would train nothing: give more")
 
     batch = settings.batch or preset.batch
-    micro = settings.micro or default_microbatch(batch, preset.n_embd)
+    micro = settings.micro or default_microbatch(batch // processes.size(), preset.n_embd)
     check(batch % micro == 0,
           f"batch {batch} does not divide into microbatches of {micro} sequences")
     lengths = [name for name in run.LENGTHS if getattr(settings, name) is not None]
@@ -170,35 +170,9 @@ def resolve(settings):
         lr=settings.lr or preset.lr,
         data=preset.data if settings.data is None else settings.data,
         compile=device != "cpu" if settings.compile is None else settings.compile,
-        name=folder_name(settings, size),
+        name=run.folder_name(
+            settings.out, settings.name, f"{size}-{run.label(vars(settings))}"),
     )
-
-
-def resolve_device(device):
-    is_usable = torch.cuda.is_available() and not machine.unusable_gpu()
-    if device is None:
-        return "cuda" if is_usable else "cpu"
-    is_known = re.fullmatch(r"cpu|cuda(:\d{1,3})?", device)
-    check(is_known, f"device {device!r} is not cpu, cuda or cuda:NUMBER")
-    if device == "cpu":
-        return device
-    check(is_usable, f"device {device}: {machine.unusable_gpu() or 'torch sees no GPU here'}")
-    n_gpus = torch.cuda.device_count()
-    check(int(device[5:] or 0) < n_gpus, f"device {device}: there are {n_gpus} GPUs, from 0 on")
-    return device
-
-
-def folder_name(settings, size):
-    """The name of the run's folder, checked; by default SIZE-PRECISION."""
-    out, name = settings.out, settings.name
-    if name is None:
-        name = f"{size}-{run.label(vars(settings))}"
-    # Bytes of another encoding than UTF-8 are not printable either.
-    is_a_name = name.isprintable() and name == os.path.basename(name)
-    check(is_a_name and name not in ("", ".", "..") and len(name.encode()) <= 200,
-          f"name {name!r} is not the name of a folder: give a short one without /")
-    check(out and out.isprintable(), f"out {out!r} is not the path of a folder")
-    return name
 
 
 def default_microbatch(batch, n_embd):
@@ -243,15 +217,17 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def evaluate(forward, corpus, cfg):
-    """Mean loss over every token of the validation set, in a fixed order."""
+    """Mean loss over every token of the validation set, whose batches the processes share."""
     total = 0
     count = 0
-    for batch in tokens.val_batches(corpus.val, cfg.micro, cfg.seq):
+    batches = tokens.val_batches(corpus.val, cfg.micro, cfg.seq)
+    for batch, is_own in processes.deal(batches):
         x, y = to_device(batch, cfg.device)
-        n_targets = int((y >= 0).sum())
+        n_targets = int((y >= 0).sum()) * is_own
         total += forward(x, y).double() * n_targets
         count += n_targets
-    return (total / count).item()
+    total, count = processes.sums(total, count, device=cfg.device)
+    return total / count
 
 
 def beyond_window(model, x, y):
@@ -274,7 +250,8 @@ def build_model(cfg, vocab_size):
     config = PRESETS[cfg.size].model_config(padded_vocab, cfg.seq)
     dtype = getattr(torch, cfg.dtype)
     model = Llama(config, model_recipe, dtype, cfg.keep_first, cfg.keep_last, backend)
-    return model.to(cfg.device)
+    # A sharded model is too large for one GPU: fp4.shard moves it there, piece by piece.
+    return model if cfg.shard else model.to(cfg.device)
 
 
 def build_kernels(gemm):
@@ -296,76 +273,75 @@ def build_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-@contextlib.contextmanager
-def errors_in_words(cfg):
-    """Makes a UserError of what torch says when memory runs out or a GPU does not answer."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        sentence = machine.cuda_error(error)
-        if machine.is_out_of_memory(error):
-            sentence = machine.out_of_memory(error, cfg.batch, cfg.micro, cfg.seq, cfg.device)
-        if not sentence:
-            raise
-        raise UserError(sentence)
-
-
 def train(cfg):
     """Train one model. What came out is in log.csv and ckpt.pt of its folder.
 
     Raises UserError for a mistake, run.Diverged when a number is no longer finite, and Stopped or
     KeyboardInterrupt when a signal has stopped it after a step.
     """
-    corpus = open_corpus(cfg.data, cfg.vocab)
-    # A corpus that is too short for one sequence is refused before anything is written.
-    tokens.check_long_enough(corpus.train, cfg.seq)
-    with errors_in_words(cfg):
-        model = build_model(cfg, corpus.vocabulary.size)
+    corpus = processes.one_before_others(lambda: open_corpus(cfg.data, cfg.vocab))
+    with machine.errors_in_words(cfg):
+        model, steps = processes.all_or_none(lambda: prepare(cfg, corpus))
+        if cfg.shard:
+            fp4.shard(model, model.blocks, cfg.device, model.dtype)
         optimizer = build_optimizer(model, cfg)
-        steps = n_steps(cfg, model.config.n_params)
-        check(steps > 0, f"the run is shorter than one step of {cfg.batch * cfg.seq:,} tokens")
-        check(steps <= MAX_STEPS, f"the run has more than {MAX_STEPS:,} steps: give fewer tokens")
-        if not cfg.resume:
-            run.set_aside(cfg.folder)   # An earlier run of this name is kept.
-        with run.lock(cfg.folder):
+        if not cfg.resume:              # An earlier run of this name is kept.
+            processes.by_rank_0(lambda: run.set_aside(cfg.folder))
+        with processes.held_by_rank_0(run.lock(cfg.folder)):
             history = begin(cfg, corpus, model, optimizer)
             announce(cfg, model, steps)
             train_steps(cfg, corpus, model, optimizer, history, steps)
             finish(cfg, model, corpus, history)
 
 
+def prepare(cfg, corpus):
+    """The model of a run, and its number of steps. What cannot be trained is refused here, before
+    anything is written."""
+    tokens.check_long_enough(corpus.train, cfg.seq)
+    processes.check_divides(cfg.batch, cfg.micro)
+    model = build_model(cfg, corpus.vocabulary.size)
+    steps = n_steps(cfg, model.config.n_params)
+    run.check_length(steps, cfg.batch * cfg.seq)
+    return model, steps
+
+
 def train_steps(cfg, corpus, model, optimizer, history, steps):
     """The training loop: from the first step that is not in history to the last."""
     n_micro = cfg.batch // cfg.micro
     eval_every = cfg.eval_every or max(1, steps // 10)
-    on_gpu = cfg.device != "cpu"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(cfg.device)
-    forward = torch.compile(model, fullgraph=True) if cfg.compile else model
+    machine.forget_peak_memory(cfg.device)
+    forward = compiled(model, cfg)
+    trained = forward if cfg.shard else processes.average_gradients(forward)
     fp4.quantize_weights(model)
     saved_at = time.monotonic()
-    log = open(log_path(cfg), "a", buffering=1)
-    bar = progress_bar(cfg, steps, history)
-    with log, bar, signals.BetweenSteps() as stop:
+    log = processes.open_log(log_path(cfg))
+    bar = bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
+    with log, bar, processes.between_steps() as stop:
         for step in range(len(history), steps):
             start = time.perf_counter()
             lr = lr_at(step, steps, cfg.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # Which sequences a batch has is a function of the step and the seed alone. The
-            # gradients of its microbatches add up, each weighted by its share of the batch.
+            # Which sequences a batch has is a function of the step and the seed alone. Several
+            # processes share its microbatches. The gradients of these add up, each weighted by its
+            # share of the batch.
+            processes.seed_step(cfg.seed, step)
             loss = torch.zeros((), device=cfg.device)
-            for i in range(step * n_micro, (step + 1) * n_micro):
+            own = range(step * n_micro, (step + 1) * n_micro)[processes.rank()::processes.size()]
+            for i in own:
                 batch = tokens.batch(corpus.train, i, cfg.micro, cfg.seq, cfg.seed)
                 x, y = to_device(batch, cfg.device)
-                part = forward(x, y) / n_micro
+                fp4.mark_last(trained, i == own[-1])
+                part = trained(x, y) / len(own)
                 part.backward()
                 loss += part.detach()
 
             max_norm = cfg.clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-            loss = loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            norm = processes.number(norm)
+            is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 row = run.Step(step + 1, loss, None, lr, norm, 0, 0, "n/a")
                 log.write(run.log_row(row))
@@ -374,25 +350,38 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             optimizer.zero_grad()
             # A weight is quantised once a step and serves every microbatch of the next one.
             fp4.quantize_weights(model)
-            if on_gpu:
-                torch.cuda.synchronize(cfg.device)
+            machine.synchronize(cfg.device)
             seconds = time.perf_counter() - start
 
             done = step + 1
             is_evaluated = done % eval_every == 0 or done == steps
             val = round(evaluate(forward, corpus, cfg), 4) if is_evaluated else None
-            beyond = beyond_window(model, x, y) if is_evaluated else None
+            beyond = beyond_window(model, x, y) if is_evaluated and not cfg.shard else None
             speed = cfg.batch * cfg.seq / seconds
-            mfu = machine.utilisation(cfg.device, speed * model.config.flops_per_token(cfg.seq))
+            flops = speed * model.config.flops_per_token(cfg.seq) / processes.size()
+            mfu = machine.utilisation(cfg.device, flops)
             history.append(run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu, beyond))
             log.write(run.log_row(history[-1]))
-            is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             if is_evaluated or is_late or stop.is_asked:
                 save(cfg, corpus, model, optimizer, history, log)
                 saved_at = time.monotonic()
             # What follows prints, and there may be no terminal any more.
             stop.raise_if_asked()
-            show_step(bar, history[-1], steps)
+            run.show_step(bar, history[-1], steps)
+
+
+def compiled(model, cfg):
+    """The model's forward pass, compiled if cfg says so."""
+    if not cfg.compile:
+        return model
+    if processes.size() == 1 and not cfg.shard:
+        return torch.compile(model, fullgraph=True)
+    # Several processes send gradients off between one block and the next, and sharded weights
+    # come and go there.
+    model.predict = torch.compile(model.predict, fullgraph=True)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+    return model
 
 
 def log_path(cfg): return os.path.join(cfg.folder, "log.csv")
@@ -403,22 +392,24 @@ def begin(cfg, corpus, model, optimizer):
 
     Returns the steps that are done already, a list of run.Step.
     """
-    made_by = (machine.describe(cfg.device), backend_description(model))
+    made_by = (machine.describe(cfg.device, processes.size()), backend_description(model))
     if not cfg.resume:
-        run.start_log(log_path(cfg), run.log_head(vars(cfg), *made_by, corpus.identity))
+        head = run.log_head(vars(cfg), *made_by, corpus.identity)
+        processes.by_rank_0(lambda: run.start_log(log_path(cfg), head))
         return []
     state = checkpoint.load(cfg.folder)
     old_corpus = state["corpus"]["identity"]
     changes = run.changes(state["config"], vars(cfg), old_corpus, corpus.identity)
     what_changes = run.describe_changes(changes)
-    check(cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,
-          f"{cfg.folder} is another run ({what_changes}): choose another --name, or go on all the "
-          "same with --allow_changes")
-    history = checkpoint.restore(state, model, optimizer, cfg.device)
+    processes.all_or_none(lambda: check(
+        cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,
+        f"{cfg.folder} is another run ({what_changes}): choose another --name, or go on all the "
+        "same with --allow_changes"))
+    history = checkpoint.restore(state, model, optimizer)
     optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
     # The log says for good how the steps so far were made. This head is for one that is lost.
     head = run.log_head(state["config"], *made_by, old_corpus)
-    run.resume_log(log_path(cfg), head, history, changes)
+    processes.by_rank_0(lambda: run.resume_log(log_path(cfg), head, history, changes))
     print(f"{cfg.name} goes on after step {len(history)}; changes: {what_changes or 'none'}")
     return history
 
@@ -433,23 +424,7 @@ def announce(cfg, model, steps):
     n_others = sum(p.numel() for p in model.parameters()) - n_params
     print(f"{cfg.name}: {n_params:,} parameters and {n_others:,} in embedding and head; "
           f"{steps:,} steps of {cfg.batch * cfg.seq:,} tokens; {cfg.dtype} on "
-          f"{machine.device_name(cfg.device)}; fp4: {backend_description(model)}")
-
-
-def progress_bar(cfg, steps, history):
-    """A bar on a terminal; nothing where the output goes to a file or a pipe."""
-    return bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
-
-
-def show_step(bar, row, steps):
-    """Print a step: on a terminal only where it was evaluated, since the bar shows the others."""
-    if bar.disable or row.val is not None:
-        val = "" if row.val is None else f"{row.val:.4f}"
-        bar.write(f"step {row.step:5d}/{steps}  loss {row.loss:.4f}  val {val:6}  lr {row.lr:.2e}  "
-                  f"norm {row.norm:5.2f}  {row.ms:6.0f} ms  {row.tokens_per_s:9,.0f} tok/s  "
-                  f"MFU {row.mfu}")
-    bar.set_postfix_str(f"loss {row.loss:.4f}", refresh=False)
-    bar.update()
+          f"{machine.describe(cfg.device, processes.size())}; fp4: {backend_description(model)}")
 
 
 def save(cfg, corpus, model, optimizer, history, log):
@@ -464,34 +439,22 @@ def save(cfg, corpus, model, optimizer, history, log):
 
 def diverge(cfg, row, log):
     """Note in the log that a loss, a gradient or a weight is not finite; raise run.Diverged."""
-    kept = "there is no checkpoint yet"
-    if checkpoint.exists(cfg.folder):
-        kept = f"the last good checkpoint is {checkpoint.newest_path(cfg.folder)}"
     val = "" if row.val is None else f" validation loss {row.val},"
     sentence = (f"{cfg.name} has diverged: loss {row.loss},{val} gradient norm {row.norm} at step "
-                f"{row.step}, lr {row.lr:.2e}; {kept}")
+                f"{row.step}, lr {row.lr:.2e}; {checkpoint.last_good(cfg.folder)}")
     log.write(run.log_diverged(sentence))
-    raise run.Diverged(sentence)
+    raise processes.told_by(0, run.Diverged(sentence))
 
 
 def finish(cfg, model, corpus, history):
-    """Print a sample, draw the curve, and say where everything is."""
+    """Print a sample, then draw the curve, and say where everything is."""
     try:
         text = sample(model, corpus.vocabulary, "def", cfg)
     except UserError as error:          # A sample never ends a run.
         text = f"(no sample: {error})"
     print("\n" + text)
     from tools import report            # Only a finished run needs it.
-    curve = report.draw_curves(os.path.join(cfg.folder, "curve.svg"), {cfg.name: [history]})
-    files = [log_path(cfg), curve]
-    if cfg.discard:
-        checkpoint.discard(cfg.folder)
-    else:
-        files.append(checkpoint.newest_path(cfg.folder))
-    # This is written last: nothing is done any more to a run that is finished.
-    with open(log_path(cfg), "a") as log:
-        log.write(run.log_end(machine.peak_memory(cfg.device)))
-    print(f"\n{cfg.name}: final val loss {history[-1].val:.4f}; {', '.join(files)}")
+    processes.by_rank_0(lambda: report.finish(cfg, history))
 
 
 # ---- sampling
@@ -499,9 +462,9 @@ def finish(cfg, model, corpus, history):
 def sample_from_checkpoint(cfg):
     """The text --sample, continued by the checkpoint of the run that cfg names."""
     state = checkpoint.load(cfg.folder)
-    trained = settings_of(state, cfg)
+    trained = dataclasses.replace(settings_of(state, cfg), shard=False)
     vocabulary = vocabulary_from_state(state["corpus"]["vocabulary"])
-    with errors_in_words(trained):
+    with machine.errors_in_words(trained):
         model = build_model(trained, vocabulary.size)
         checkpoint.restore_model(state, model)
         return sample(model, vocabulary, cfg.sample, cfg)
@@ -532,6 +495,9 @@ def settings_of(state, settings, typed=()):
         settings = dataclasses.replace(settings, **old)
     except TypeError:                   # There is no such setting here.
         raise UserError("this checkpoint is of another version of quartet.py")
+    if "micro" in old:                  # Each of more processes may not have as many sequences.
+        micro = processes.fitting(settings.micro, settings.batch)
+        settings = dataclasses.replace(settings, micro=micro)
     # What a file says is checked as if it had been typed.
     return resolve(parse(cli.to_flags(settings)))
 
@@ -539,7 +505,7 @@ def settings_of(state, settings, typed=()):
 def continued(cfg, settings, typed):
     """The settings with which the run of cfg goes on, or None if there is nothing left to do.
 
-    Without a checkpoint the run begins anew.
+    Without a checkpoint the run begins anew. Of several processes only rank 0 calls this.
     """
     is_finished = run.is_finished(cfg.folder)
     if not checkpoint.exists(cfg.folder):
@@ -548,7 +514,7 @@ def continued(cfg, settings, typed):
             return None
         print(f"there is no checkpoint in {cfg.folder}: {cfg.name} begins anew")
         return dataclasses.replace(cfg, resume=False)
-    state = checkpoint.load(cfg.folder)
+    state = checkpoint.load_newest(cfg.folder)
     cfg = settings_of(state, dataclasses.replace(settings, name=cfg.name), typed)
     preset = PRESETS[cfg.size]
     steps = n_steps(cfg, count_params(preset.n_layer, preset.n_embd))
@@ -561,13 +527,6 @@ def continued(cfg, settings, typed):
         print(f"{cfg.name} is finished after {done} steps; --resume --steps N makes it longer")
         return None
     return cfg
-
-
-def refuse_other_run(cfg, remedy):
-    """Raise UserError if the folder that cfg has by default holds a run with other settings."""
-    changes = run.changes_to(cfg.folder, vars(cfg))
-    check(not changes, f"{cfg.folder} holds a run with other settings "
-                       f"({run.describe_changes(changes)}): {remedy}")
 
 
 def expand_runs(settings):
@@ -590,38 +549,46 @@ def expand_runs(settings):
 
 def main(argv):
     settings = parse(argv)
+    with processes.joined(settings.device):
+        configs = processes.all_or_none(lambda: plan(settings))
+        if settings.sample is not None:
+            print(sample_from_checkpoint(configs[0]))
+        elif len(configs) == 1:
+            cfg = configs[0]
+            if cfg.resume:
+                typed = cli.given(Settings, argv)
+                cfg = processes.by_rank_0(lambda: continued(cfg, settings, typed))
+            if cfg:
+                train(cfg)
+        else:
+            from tools import ablation  # Only several runs need it.
+            label = run.label(vars(settings)).replace(",", "-")
+            name = settings.name or f"{configs[0].size}-{label}"[:100]
+            ablation.compare(configs, os.path.join(settings.out, name), train, sys.argv[0])
+
+
+def plan(settings):
+    """The settings of each run that a command line means; what cannot be done is refused."""
     configs = list(dict.fromkeys(expand_runs(settings)))
-    cfg = configs[0]
     is_one = len(configs) == 1
     check(is_one or settings.sample is None, "--sample is for one run: name it with --name")
     check(is_one or not settings.resume,
           "--resume is for one run: several go on with the same command without it")
-    reason = machine.unusable_gpu() if cfg.device == "cpu" and settings.device is None else ""
-    if reason:
-        print(f"quartet: on the CPU, because {reason}", file=sys.stderr)
-    if settings.sample is not None:
-        print(sample_from_checkpoint(cfg))
-        return
-    if settings.name is None and not settings.resume:
+    check(not settings.shard or cli.is_one_of_many(),
+          "--shard spreads a model over processes: start them with torchrun")
+    if configs[0].device == "cpu" and settings.device is None:
+        machine.tell_why_on_cpu()
+    if settings.name is None and not settings.resume and settings.sample is None:
         remedy = "give this one a --name, or --resume" if is_one else "give these a --name"
-        for each in configs:
-            refuse_other_run(each, remedy)
-    if is_one:
-        if cfg.resume:
-            cfg = continued(cfg, settings, cli.given(Settings, argv))
-        if cfg:
-            train(cfg)
-    else:
-        from tools import ablation      # Only several runs need it.
-        label = run.label(vars(settings)).replace(",", "-")
-        name = settings.name or f"{cfg.size}-{label}"[:100]
-        ablation.compare(configs, os.path.join(settings.out, name), train, sys.argv[0])
+        for cfg in configs:
+            run.refuse_other(cfg.folder, vars(cfg), remedy)
+    return configs
 
 
 def run_cli(argv, main=main):
     """main(argv), in which a mistake of the user ends in one sentence; returns the exit code."""
     with signals.become_exceptions():
-        return cli.run(main, argv)
+        return processes.leave(cli.run(main, argv))
 
 
 if __name__ == "__main__":

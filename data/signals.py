@@ -78,8 +78,8 @@ class Noted:
     def is_asked(self):
         return self.received is not None
 
-    def note(self, signal_number, frame):
-        if self.is_asked:
+    def note(self, signal_number, frame=None):
+        if self.received is not None:
             if time.monotonic() - self.received_at > SAME_REQUEST_SECONDS:
                 raise_stopped(signal_number)
             return
@@ -108,8 +108,26 @@ class BetweenSteps(Noted):
                 if stop.is_asked:
                     ... save ...
                 stop.raise_if_asked()
+
+    is_announced    whether it says that it will stop; of several processes only one should
+    is_alone        whether this process decides by itself. Of several, one may have the signal a
+                    moment before the others, and all have to stop after the same step: they are
+                    asked once all of them have called agree_on()
     """
 
-    def __init__(self):
-        super().__init__("stopping after this step and a checkpoint; a signal more than "
-                         f"{SAME_REQUEST_SECONDS} s from now stops at once")
+    def __init__(self, is_announced=True, is_alone=True):
+        words = ("stopping after this step and a checkpoint; a signal more than "
+                 f"{SAME_REQUEST_SECONDS} s from now stops at once")
+        super().__init__(words if is_announced else "")
+        self.is_agreed = is_alone
+
+    @property
+    def is_asked(self):
+        return self.is_agreed and self.received is not None
+
+    def agree_on(self, signal_number):
+        """Ask this process to stop for a signal that it or another one has received."""
+        if self.received is None:
+            self.note(signal_number)
+        self.received = signal_number
+        self.is_agreed = True

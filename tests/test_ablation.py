@@ -959,11 +959,11 @@ def nan(x, w, recipe):
 matmul.METHODS["nan"] = (nan, backward)
 fp4.RECIPES["nan"] = fp4.Recipe(method="nan")
 report.draw_curves = lambda path, runs: path
-show_step = quartet.show_step
+show_step = quartet.run.show_step
 def show_slowly(*args):
     time.sleep(.02)                     # so that a run is not over before it is stopped
     show_step(*args)
-quartet.show_step = show_slowly
+quartet.run.show_step = show_slowly
 sys.exit(quartet.run_cli(sys.argv[1:]))
 """
 ENV = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}

@@ -88,11 +88,9 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(folder):
     model, optimizer = model_and_optimizer()
     history = [step(1), step(2, val=4.5)]
     checkpoint.save(str(folder), checkpoint.pack(CONFIG, Corpus(), model, optimizer, history), 2)
-    noise = torch.randn(5)
     state = checkpoint.load(str(folder))
     other, its_optimizer = model_and_optimizer(1)
-    assert checkpoint.restore(state, other, its_optimizer, "cpu") == history
-    assert torch.equal(torch.randn(5), noise)
+    assert checkpoint.restore(state, other, its_optimizer) == history
     assert equal(other.state_dict(), model.state_dict())
     assert equal(its_optimizer.state_dict(), optimizer.state_dict())
     assert state["config"] == CONFIG and state["corpus"]["identity"] == CORPUS
@@ -102,7 +100,7 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(folder):
 def test_a_checkpoint_of_another_model_or_version_is_refused_in_a_sentence(folder):
     state = state_after(1)
     with pytest.raises(UserError, match="of another model, choose another --name: size mismatch"):
-        checkpoint.restore(state, *model_and_optimizer(width=8), "cpu")
+        checkpoint.restore(state, *model_and_optimizer(width=8))
     torch.save(state | dict(version=1), folder / "ckpt.pt")
     with pytest.raises(UserError, match="ckpt.pt is of another version of quartet.py: there is"):
         checkpoint.load(str(folder))
@@ -296,7 +294,7 @@ def test_weights_and_moments_that_are_not_finite_are_noticed():
             assert not checkpoint.all_finite(state), key
         for moment in ("exp_avg", "exp_avg_sq"):
             state = state_after(1)
-            state["optimizer"]["state"][1][moment][2] = value
+            state["optimizer"]["state"]["bias"][moment][2] = value
             assert not checkpoint.all_finite(state), moment
 
 
@@ -864,6 +862,6 @@ def test_older_checkpoints_are_in_the_order_of_their_steps(folder):
 
 def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence():
     packed = state_after(1)
-    packed["optimizer"]["param_groups"] *= 2
-    with pytest.raises(UserError, match="the checkpoint is of another optimizer: "):
-        checkpoint.restore(packed, *model_and_optimizer(), "cpu")
+    del packed["optimizer"]["state"]["bias"]
+    with pytest.raises(UserError, match="the checkpoint is of another optimizer, choose another"):
+        checkpoint.restore(packed, *model_and_optimizer())

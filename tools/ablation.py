@@ -9,6 +9,9 @@ So the same command goes on with what is missing, and an interrupted run goes on
 checkpoint. Runs go seed by seed, so that what is there at any time can be compared. A run that
 diverges stops no other: it is a row of the table.
 
+Several processes of torchrun (tools/processes.py) train each run together. Rank 0 decides from the
+files what is missing, and writes the table.
+
 This module does not import quartet.py, which is the program that calls it: its callers hand over
 the function that trains a run, and the script that a child process starts.
 """
@@ -26,8 +29,8 @@ import torch
 
 from data import signals
 from data.corpus import open_corpus
-from data.files import Stopped, UserError
-from tools import checkpoint, cli
+from data.files import Stopped, UserError, check
+from tools import checkpoint, cli, processes
 from tools.report import check_files, report
 from tools.run import Diverged, difference, run_in, set_aside
 
@@ -48,10 +51,10 @@ def compare(configs, path, train, script):
     The arguments are those of finish(). Raises UserError when some runs failed, and before
     anything is trained if the table would replace a file of the user.
     """
-    check_files(path)
+    processes.by_rank_0(lambda: check_files(path))
     runs, failure = finish(configs, train, script)
     if runs:
-        report(runs, path)
+        processes.by_rank_0(lambda: report(runs, path))
     if failure:
         raise failure
 
@@ -66,23 +69,35 @@ def finish(configs, train, script):
 
     Returns the Runs that have ended, and the UserError that is to be raised if some failed.
     """
+    jobs = configs[0].jobs
+    processes.all_or_none(lambda: check(
+        jobs == 1 or not cli.is_one_of_many(),
+        f"--jobs {jobs} trains {jobs} runs at a time, but all processes of torchrun train one "
+        "run together: leave --jobs or torchrun out"))
     # The corpus is made here once, not in each child. It is that of the moment: what was trained on
     # another one of the same name cannot stand beside it.
-    corpus = open_corpus(configs[0].data, configs[0].vocab).identity
-    missing = missing_runs(configs, corpus)
-    jobs = configs[0].jobs
+    corpus = processes.one_before_others(
+        lambda: open_corpus(configs[0].data, configs[0].vocab)).identity
+    missing = processes.by_rank_0(lambda: missing_runs(configs, corpus))
     if jobs == 1:
         failed = train_in_turn(missing, train)
     else:
         failed = train_in_processes(missing, jobs, script)
+    failure = UserError(f"{len(failed)} of {len(configs)} runs failed, the same command tries them "
+                        f"again: {'; '.join(failed)}")
+    ended = processes.by_rank_0(lambda: ended_runs(configs, corpus))
+    return ended, processes.told_by(0, failure) if failed else None
+
+
+def ended_runs(configs, corpus):
+    """The Runs in the folders of configs that have ended, and are the same; corpus is an identity.
+    """
     ended = []
     for cfg in configs:
         run = run_in(cfg.folder)
         if run and run.ended and not difference(run, vars(cfg), corpus):
             ended.append(run)
-    failure = UserError(f"{len(failed)} of {len(configs)} runs failed, the same command tries them "
-                        f"again: {'; '.join(failed)}")
-    return ended, failure if failed else None
+    return ended
 
 
 def missing_runs(configs, corpus):
@@ -107,6 +122,7 @@ def missing_runs(configs, corpus):
 
 def train_in_turn(configs, train):
     """Train one run after the other in this process. A run that fails or diverges stops no other.
+    One of several processes that fails alone cannot go on: the others wait for it in that run.
 
     Returns a sentence about each run that failed.
     """
@@ -117,6 +133,8 @@ def train_in_turn(configs, train):
         except Diverged as error:
             print(error)
         except UserError as error:
+            if not processes.all_have(error):
+                raise
             failed.append(tell_failure(cfg, error))
     return failed
 

@@ -285,16 +285,15 @@ def run(main, argv, name="quartet", go_on=GO_ON):
         code = main(argv) or 0
         flush_output()
         return code
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, Stopped, KeyboardInterrupt) as error:
         code, sentence = explain(error)
-    except (Stopped, KeyboardInterrupt) as error:
-        number = getattr(error, "signal_number", signal.SIGINT)
-        code = 128 + number
-        sentence = f"stopped by {signal.Signals(number).name}"
+        name = teller(error, name)
     if code > 128 and go_on:
         sentence += f"; {go_on}"
+    if is_one_of_many():                # torchrun's own exit code is always 1.
+        sentence += f" (exit code {code})"
     drop_unwritten(sys.stdout)
-    if sys.stderr is not None:
+    if sys.stderr is not None and name:
         with contextlib.suppress(OSError):      # The terminal may be gone.
             print(f"{name}: {on_one_line(sentence)}", file=sys.stderr)
         drop_unwritten(sys.stderr)
@@ -308,6 +307,9 @@ def on_one_line(text):
 
 def explain(error):
     """The exit code for an exception and the sentence about it."""
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        number = getattr(error, "signal_number", signal.SIGINT)
+        return 128 + number, f"stopped by {signal.Signals(number).name}"
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, BrokenPipeError):
@@ -346,6 +348,35 @@ def drop_unwritten(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+# ---- one of several processes (tools/processes.py)
+
+def is_one_of_many():
+    """Whether torchrun, or a launcher that says the same, has started this process with others."""
+    said = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return said <= os.environ.keys()
+
+
+def once_a_machine(error):
+    """An error that all processes have, marked so that only one on each machine tells it."""
+    error.is_told_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+    return error
+
+
+def teller(error, name):
+    """In whose name an error is told; "" if another process tells it.
+
+    An error has a mark is_told_elsewhere if all processes have it: whether another one tells it.
+    """
+    if not is_one_of_many():
+        return name
+    rank = os.environ["RANK"]
+    if isinstance(error, (Stopped, KeyboardInterrupt)):     # They stop together.
+        return name if rank == "0" else ""
+    if not hasattr(error, "is_told_elsewhere"):
+        return f"{name}, process {rank}"
+    return "" if error.is_told_elsewhere else name
+
+
 # ---- which Python runs it
 
 def start(parse_argv, name="quartet", module=None, packages=PACKAGES):
@@ -357,7 +388,10 @@ def start(parse_argv, name="quartet", module=None, packages=PACKAGES):
     packages  what it needs
     """
     def read(argv):
-        parse_argv(argv)                # What it returns is no exit code.
+        try:
+            parse_argv(argv)            # What it returns is no exit code.
+        except UserError as error:
+            raise once_a_machine(error)
 
     code = run(read, sys.argv[1:], name)
     if code:

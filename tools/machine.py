@@ -3,6 +3,7 @@ What is said about the machine: the device's name, peak and memory; and, in one 
 torch cannot use a GPU that is there, where memory ran out, and what an error of CUDA means for the
 user. It knows no trainer.
 """
+import contextlib
 import glob
 import os
 import re
@@ -11,6 +12,9 @@ import warnings
 from typing import NamedTuple
 
 import torch
+
+from data.files import UserError, check
+from tools import cli
 
 # Dense BF16 TFLOP/s by the vendors' datasheets.
 PEAK_TFLOPS = {
@@ -63,14 +67,34 @@ CUDA_ERRORS = {
 
 # ---- the device
 
+def resolve_device(device):
+    """The device of a flag, checked, such as "cuda:1"; None: a GPU if there is one that torch can
+    use."""
+    is_usable = torch.cuda.is_available() and not unusable_gpu()
+    if device is None:
+        return "cuda" if is_usable else "cpu"
+    is_known = re.fullmatch(r"cpu|cuda(:\d{1,3})?", device)
+    check(is_known, f"device {device!r} is not cpu, cuda or cuda:NUMBER")
+    if device == "cpu":
+        return device
+    check(is_usable, f"device {device}: {unusable_gpu() or 'torch sees no GPU here'}")
+    check(device == "cuda" or not cli.is_one_of_many(),
+          f"device {device}: torchrun gives each process a GPU of its own; give --device cuda")
+    n_gpus = torch.cuda.device_count()
+    check(int(device[5:] or 0) < n_gpus, f"device {device}: there are {n_gpus} GPUs, from 0 on")
+    return device
+
+
 def device_name(device):
     """The name of a device, which is given as "cpu", "cuda" or "cuda:1"."""
     return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def describe(device):
-    """The device and what else the speed and the last bits of a loss depend on."""
-    parts = [device_name(device), f"torch {torch.__version__}"]
+def describe(device, n=1):
+    """The device, of which there are n, and what else the speed and the last bits of a loss depend
+    on."""
+    name = device_name(device) if n == 1 else f"{n} x {device_name(device)}"
+    parts = [name, f"torch {torch.__version__}"]
     if device == "cpu":
         parts.append(f"{torch.get_num_threads()} threads")
     return ", ".join(parts)
@@ -85,6 +109,18 @@ def utilisation(device, flops_per_second):
     return "n/a"
 
 
+def synchronize(device):
+    """Wait until the device has done what it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak_memory(device):
+    """Let peak_memory() begin anew."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device):
     """The most memory that tensors on the device have taken so far, such as 7.59 GiB, or n/a."""
     if device == "cpu":
@@ -96,6 +132,13 @@ def gibibytes(n_bytes): return f"{n_bytes / 2 ** 30:.2f} GiB"
 
 
 # ---- a GPU that is there, but cannot be used
+
+def tell_why_on_cpu():
+    """Print a sentence to stderr if a program runs on the CPU beside a GPU that cannot be used."""
+    reason = unusable_gpu()
+    if reason:
+        print(f"quartet: on the CPU, because {reason}", file=sys.stderr)
+
 
 class TorchView(NamedTuple):
     """What torch says of itself and of the GPU."""
@@ -227,6 +270,23 @@ def read(path):
 
 
 # ---- errors of a running program
+
+@contextlib.contextmanager
+def errors_in_words(cfg):
+    """Makes a UserError of what torch says when memory runs out or a GPU does not answer.
+
+    cfg     has batch, micro, seq and device, as out_of_memory() explains them
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        sentence = cuda_error(error)
+        if is_out_of_memory(error):
+            sentence = out_of_memory(error, cfg.batch, cfg.micro, cfg.seq, cfg.device)
+        if not sentence:
+            raise
+        raise UserError(sentence)
+
 
 def cuda_error(error):
     """What an error of CUDA means, and what helps, in one sentence; "" if it is not known here."""

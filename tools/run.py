@@ -6,6 +6,7 @@ A run lives in the folder OUT/NAME:
     log.csv     lines that start with # say what made the run, where it was resumed and when it
                 ended; between them is a CSV table with one line a step
     ckpt.pt     everything that the next step depends on; ckpt-STEP.pt are older ones
+    ckpt-STEP.shards    with --shard, a folder in which each process writes its part of that
     curve.svg   the loss, drawn at the end
     lock        who trains here at the moment; gone when nobody does
 """
@@ -33,9 +34,10 @@ CODE = (".py", ".cu", ".cuh", ".cpp", ".h")     # what a change of makes another
 # Settings that do not change which model comes out of a run. All others are its identity: if they
 # are equal to those in the log of a folder, then the folder holds the same run.
 NOT_IDENTITY = ("resume", "discard", "out", "name", "sample", "sample_tokens", "seeds", "jobs",
-                "keep", "allow_changes")
+                "keep", "allow_changes", "shard")
 NO_KERNELS = "not used"                 # quartet.backend_description() of a row without kernels
 LENGTHS = ("steps", "tokens", "tokens_per_param")
+MAX_STEPS = 2 ** 31
 # A corpus is known by its content. How it is called matters only where the content is not known.
 CORPUS_NAMES = ("data", "vocab")
 # A run that was resumed with other values of these can still be compared with other runs.
@@ -46,7 +48,7 @@ MAY_CHANGE = (*LENGTHS, *HARMLESS, *CORPUS_NAMES, "lr", "weight_decay", "clip")
 # The names of checkpoints. The number is the step after which it was written.
 CHECKPOINT = re.compile(r"ckpt(?:-(0|[1-9]\d*))?\.pt")
 # The parts of a checkpoint, which only ours has all of.
-PARTS = {"version", "config", "corpus", "history", "model", "optimizer", "rng", "cuda_rng"}
+PARTS = {"version", "config", "corpus", "history", "model", "optimizer", "shards"}
 # What a process that was killed while it wrote a file leaves of it.
 UNFINISHED = re.compile(r"(log\.csv|curve\.svg|ckpt(-(0|[1-9]\d*))?\.pt)\.tmp")
 
@@ -68,6 +70,24 @@ def label(config):
     if config.get("seed"):
         parts.append(f"seed{config['seed']}")
     return "-".join(parts)
+
+
+def folder_name(out, name, default):
+    """The name of a run's folder in the folder out of all runs, checked; name None: the default."""
+    if name is None:
+        name = default
+    # Bytes of another encoding than UTF-8 are not printable either.
+    is_a_name = name.isprintable() and name == os.path.basename(name)
+    check(is_a_name and name not in ("", ".", "..") and len(name.encode()) <= 200,
+          f"name {name!r} is not the name of a folder: give a short one without /")
+    check(out and out.isprintable(), f"out {out!r} is not the path of a folder")
+    return name
+
+
+def check_length(steps, n_tokens):
+    """Refuse a run of no steps, or of too many; n_tokens is the number of tokens in a step."""
+    check(steps > 0, f"the run is shorter than one step of {n_tokens:,} tokens")
+    check(steps <= MAX_STEPS, f"the run has more than {MAX_STEPS:,} steps: give fewer tokens")
 
 
 def changes(old, new, old_corpus=None, new_corpus=None):
@@ -251,6 +271,22 @@ def log_row(row):
     beyond = "" if row.beyond_window is None else f"{row.beyond_window:.2f}"
     return (f"{row.step},{row.loss:.6f},{val},{row.lr:.6e},{row.norm:.6f},{row.ms:.1f},"
             f"{row.tokens_per_s:.0f},{row.mfu},{beyond}\n")
+
+
+def show_step(bar, row, steps):
+    """Print a step: on a terminal only where it was evaluated, since the bar shows the others.
+
+    bar     the progress bar of the run
+    row     the Step
+    steps   length of the run
+    """
+    if bar.disable or row.val is not None:
+        val = "" if row.val is None else f"{row.val:.4f}"
+        bar.write(f"step {row.step:5d}/{steps}  loss {row.loss:.4f}  val {val:6}  lr {row.lr:.2e}  "
+                  f"norm {row.norm:5.2f}  {row.ms:6.0f} ms  {row.tokens_per_s:9,.0f} tok/s  "
+                  f"MFU {row.mfu}")
+    bar.set_postfix_str(f"loss {row.loss:.4f}", refresh=False)
+    bar.update()
 
 
 def log_resumed(step, changed):
@@ -489,6 +525,13 @@ def changes_to(folder, config, corpus=None):
     """
     found = run_in(folder)
     return changes(found.config, config, found.corpus, corpus) if found else {}
+
+
+def refuse_other(folder, config, remedy):
+    """Raise UserError, with the remedy, if a folder holds a run with other settings than config."""
+    changed = changes_to(folder, config)
+    check(not changed, f"{folder} holds a run with other settings ({describe_changes(changed)}): "
+                       f"{remedy}")
 
 
 def difference(run, config, corpus):

@@ -991,8 +991,8 @@ WRITTEN = [
            "tests/test_corpus.py::test_a_first_signal_is_noted_and_one_a_second_later_stops"),
     Mutant("a run says that it was stopped by the last signal, not by the first",
            "data/signals.py",
-           "        if self.is_asked:\n            if time",
-           "        if self.is_asked:\n            self.received = signal_number\n"
+           "        if self.received is not None:\n            if time",
+           "        if self.received is not None:\n            self.received = signal_number\n"
            "            if time",
            "tests/test_corpus.py::test_a_first_signal_is_noted_and_one_a_second_later_stops"),
     Mutant("a terminal that was closed ends a run at its signal",

@@ -29,19 +29,22 @@ COMPILES = TRAIN + "a_gpu_compiles_by_default_and_a_cpu_does_not"
 BAD = TRAIN + "a_bad_setting_is_one_sentence_and_writes_nothing"
 SET_ASIDE = TRAIN + "an_earlier_run_of_the_same_name_is_set_aside"
 NOT_FINITE = TRAIN + "a_loss_that_is_not_finite_stops_with_step_loss_rate_and_checkpoint"
-TO_A_PIPE = TRAIN + "output_to_a_pipe_has_a_line_a_step_and_no_progress_bar"
 LOG_HEAD = TRAIN + "the_log_says_what_made_it"
 BY_NAME = SURVIVAL + "resuming_by_name_alone_takes_the_settings_of_the_checkpoint"
 MAY_CHANGE = SURVIVAL + "what_makes_another_run_is_refused_and_what_may_change_is_applied"
 PAST_ITS_END = SURVIVAL + "past_its_end_a_run_is_left_alone_with_a_sentence"
+NOISE = TRAIN + "each_step_of_each_seed_draws_random_numbers_of_its_own"
+RESUMED = SURVIVAL + "a_stopped_run_that_is_resumed_ends_as_if_it_had_not_been_stopped"
 DAMAGED = SURVIVAL + "a_damaged_newest_checkpoint_gives_way_to_the_one_before"
 
 CLIP = """\
             max_norm = cfg.clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            norm = processes.number(norm)
 """
 CHECK = """\
-            loss = loss.item()
+            is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 row = run.Step(step + 1, loss, None, lr, norm, 0, 0, "n/a")
                 log.write(run.log_row(row))
@@ -74,12 +77,12 @@ MUTANTS = [
     Mutant("the gradient is clipped after the step", "quartet.py", CLIP + CHECK + STEP,
            STEP + CLIP + CHECK, CLIPPED),
     Mutant("each value of the gradient is clipped", "quartet.py",
-           "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()",
-           "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()\n"
+           "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)",
+           "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)\n"
            "            torch.nn.utils.clip_grad_value_(model.parameters(), max_norm)", CLIPPED),
     Mutant("the logged norm is that of the clipped gradient", "quartet.py",
-           "clip_grad_norm_(model.parameters(), max_norm).item()",
-           "clip_grad_norm_(model.parameters(), max_norm).clamp(max=max_norm).item()", PLAIN),
+           "processes.number(norm)", "processes.number(norm.clamp(max=max_norm))",
+           PLAIN),
     Mutant("only the blocks' gradient is clipped", "quartet.py",
            "clip_grad_norm_(model.parameters()", "clip_grad_norm_(model.blocks.parameters()",
            PLAIN),
@@ -107,10 +110,10 @@ MUTANTS = [
 
     # Batches and microbatches
     Mutant("the gradients of microbatches add up without weights", "quartet.py",
-           "part = forward(x, y) / n_micro\n                part.backward()\n"
+           "part = trained(x, y) / len(own)\n                part.backward()\n"
            "                loss += part.detach()",
-           "part = forward(x, y)\n                part.backward()\n"
-           "                loss += part.detach() / n_micro", CLIPPED),
+           "part = trained(x, y)\n                part.backward()\n"
+           "                loss += part.detach() / len(own)", CLIPPED),
     Mutant("the logged loss is that of the last microbatch", "quartet.py",
            "loss += part.detach()", "loss = part.detach() * n_micro", CLIPPED),
     Mutant("a batch is its first microbatch, several times", "quartet.py",
@@ -118,11 +121,11 @@ MUTANTS = [
     Mutant("every step has the first batch", "quartet.py",
            "tokens.batch(corpus.train, i,", "tokens.batch(corpus.train, i % n_micro,", PLAIN),
     Mutant("the last microbatch is left out", "quartet.py",
-           "(step + 1) * n_micro):", "(step + 1) * n_micro - (n_micro > 1)):", CLIPPED),
+           "(step + 1) * n_micro)[", "(step + 1) * n_micro - (n_micro > 1))[", CLIPPED),
     Mutant("the order of the data does not depend on the seed", "quartet.py",
            "cfg.micro, cfg.seq, cfg.seed)", "cfg.micro, cfg.seq, 0)", CLIPPED),
     Mutant("the targets are the inputs", "quartet.py",
-           "part = forward(x, y)", "part = forward(x, x)", PLAIN),
+           "part = trained(x, y)", "part = trained(x, x)", PLAIN),
     Mutant("the model trains on the tokens for validation", "quartet.py",
            "tokens.batch(corpus.train,", "tokens.batch(corpus.val,", PLAIN),
     Mutant("a microbatch need not divide the batch", "quartet.py",
@@ -191,9 +194,7 @@ MUTANTS = [
 
     # What is logged
     Mutant("the utilisation is a thousand times as large", "quartet.py",
-           "machine.utilisation(cfg.device, speed *",
-           "machine.utilisation(cfg.device, 1e3 * speed *",
-           SPEED),
+           "flops = speed *", "flops = 1e3 * speed *", SPEED),
     Mutant("the utilisation is for the longest sequence of the preset", "quartet.py",
            "flops_per_token(cfg.seq)", "flops_per_token(PRESETS[cfg.size].seq)", SPEED),
     Mutant("the speed is that of a microbatch", "quartet.py",
@@ -206,8 +207,6 @@ MUTANTS = [
            "run.log_head(vars(cfg), *made_by, corpus.identity)",
            "run.log_head(vars(cfg), *made_by)",
            LOG_HEAD),
-    Mutant("where there is no terminal only evaluations are printed", "quartet.py",
-           "if bar.disable or row.val is not None:", "if row.val is not None:", TO_A_PIPE),
 
     # Numbers that are not finite
     Mutant("a loss that is not finite is trained on", "quartet.py",
@@ -226,7 +225,7 @@ MUTANTS = [
            "    log.write(run.log_diverged(sentence))\n", "",
            SURVIVAL + "weights_that_are_not_finite_are_said_in_the_log"),
     Mutant("a run that diverged ends as a mistake of the user", "quartet.py",
-           "raise run.Diverged(sentence)", "raise UserError(sentence)", NOT_FINITE),
+           "run.Diverged(sentence)", "UserError(sentence)", NOT_FINITE),
 
     # Saved, stopped, resumed
     Mutant("an evaluation saves nothing", "quartet.py",
@@ -248,27 +247,28 @@ MUTANTS = [
            "for step in range(len(history), steps):", "for step in range(steps - len(history)):",
            DAMAGED),
     Mutant("the checkpoint is not put into model and optimizer", "quartet.py",
-           "history = checkpoint.restore(state, model, optimizer, cfg.device)",
+           "history = checkpoint.restore(state, model, optimizer)",
            "history = [run.Step(*row) for row in state[\"history\"]]", DAMAGED),
+    Mutant("nothing seeds the random numbers of a step", "quartet.py",
+           "            processes.seed_step(cfg.seed, step)\n", "", RESUMED),
+    Mutant("every step draws the same random numbers", "quartet.py",
+           "processes.seed_step(cfg.seed, step)", "processes.seed_step(cfg.seed, 0)", NOISE),
+    Mutant("runs with two seeds draw the same random numbers", "quartet.py",
+           "processes.seed_step(cfg.seed, step)", "processes.seed_step(0, step)", NOISE),
     Mutant("weight decay stays what it was before --resume", "quartet.py",
            '    optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay\n', "", MAY_CHANGE),
     Mutant("another run is gone on with", "quartet.py",
-           "check(cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,",
-           "check(cfg.allow_changes or True,", MAY_CHANGE),
+           "cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,",
+           "cfg.allow_changes or True,", MAY_CHANGE),
     Mutant("--allow_changes is not heard", "quartet.py",
-           "check(cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,",
-           "check(not changes.keys() - run.MAY_CHANGE,", MAY_CHANGE),
+           "cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,",
+           "not changes.keys() - run.MAY_CHANGE,", MAY_CHANGE),
     Mutant("an earlier run is overwritten", "quartet.py",
-           "run.set_aside(cfg.folder) ", "os.makedirs(cfg.folder, exist_ok=True) ", SET_ASIDE),
+           "run.set_aside(cfg.folder))", "os.makedirs(cfg.folder, exist_ok=True))", SET_ASIDE),
     Mutant("nothing locks the folder", "quartet.py",
-           "with run.lock(cfg.folder):", "os.makedirs(cfg.folder, exist_ok=True)\n        if True:",
+           "with processes.held_by_rank_0(run.lock(cfg.folder)):",
+           "os.makedirs(cfg.folder, exist_ok=True)\n        if True:",
            SURVIVAL + "a_second_process_on_a_folder_is_refused_with_the_name_of_the_first"),
-    Mutant("checkpoints stay with --discard", "quartet.py",
-           "    if cfg.discard:\n", "    if cfg.discard and not history:\n",
-           ABLATION + "a_checkpoint_can_be_discarded_at_the_end"),
-    Mutant("the log does not say that the run is finished", "quartet.py",
-           "log.write(run.log_end(machine.peak_memory(cfg.device)))",
-           "machine.peak_memory(cfg.device)", PAST_ITS_END),
     Mutant("a sample that fails ends the run", "quartet.py",
            "    except UserError as error:          # A sample never ends a run.",
            "    except ZeroDivisionError as error:",
@@ -277,9 +277,6 @@ MUTANTS = [
            "    tokens.check_long_enough(corpus.train, cfg.seq)\n",
            "    run.set_aside(cfg.folder)\n"
            "    run.start_log(log_path(cfg), run.log_head(vars(cfg), \"\", \"\"))\n",
-           BAD),
-    Mutant("a run of no steps is trained", "quartet.py",
-           "check(steps > 0,", "check(steps >= 0,",
            BAD),
 
     # Settings of a checkpoint
@@ -330,18 +327,19 @@ MUTANTS = [
            '",".join(RECIPES)\n    choices', '",".join(list(RECIPES)[:-1])\n    choices',
            ABLATION + "all_is_every_row"),
     Mutant("another run with the default name is set aside", "quartet.py",
-           "        for each in configs:\n            refuse_other_run(each, remedy)",
-           "        refuse_other_run",
+           "        for cfg in configs:\n"
+           "            run.refuse_other(cfg.folder, vars(cfg), remedy)\n",
+           "        pass\n",
            SURVIVAL + "a_comma_list_moves_no_run_with_other_settings"),
     Mutant("only the first of several runs is looked for", "quartet.py",
-           "for each in configs:\n", "for each in configs[:1]:\n",
+           "for cfg in configs:\n", "for cfg in configs[:1]:\n",
            SURVIVAL + "a_comma_list_moves_no_run_with_other_settings"),
     Mutant("several runs may be sampled", "quartet.py",
            "check(is_one or settings.sample is None,", "check(True,",
            BAD),
     Mutant("an empty sample trains", "quartet.py",
-           "    if settings.sample is not None:\n        print",
-           "    if settings.sample:\n        print",
+           "if settings.sample is not None:\n            print",
+           "if settings.sample:\n            print",
            SURVIVAL + "an_empty_sample_samples_from_the_start_and_trains_nothing"),
 
     # Sampling
@@ -358,12 +356,4 @@ MUTANTS = [
     Mutant("a sample is of the weights before training", "quartet.py",
            "        checkpoint.restore_model(state, model)\n", "",
            TRAIN + "a_sample_comes_from_the_checkpoint_and_repeats"),
-
-    # The machine
-    Mutant("what torch says of memory is shown as it is", "quartet.py",
-           "if machine.is_out_of_memory(error):", "if False:",
-           SURVIVAL + "a_run_that_does_not_fit_into_memory_names_the_next_smaller_microbatch"),
-    Mutant("a GPU that torch cannot use is not spoken of", "quartet.py",
-           "    if reason:\n", "    if False:\n",
-           SURVIVAL + "a_gpu_that_torch_cannot_use_is_said_before_the_cpu_trains"),
 ]

@@ -1,8 +1,9 @@
-"""Faults in the tables of many runs, and the tests that notice them."""
+"""Faults in the tables of many runs, and in what ends one, and the tests that notice them."""
 from tools.mutants import Mutant
 
 GAPS = "tests/test_gaps.py::"
 ABLATION = "tests/test_ablation.py::"
+SURVIVAL = "tests/test_survival.py::"
 
 MUTANTS = [
     # What a gap is, and its interval.
@@ -168,6 +169,18 @@ MUTANTS = [
            'beginning = ",".join(csv_columns()[:5]).encode() + b","',
            'beginning = ",".join(csv_columns()).encode()',
            ABLATION + "test_a_table_of_an_earlier_version_is_replaced"),
+
+    # The end of a run.
+    Mutant("checkpoints stay with --discard",
+           "tools/report.py",
+           "    if cfg.discard:\n",
+           "    if cfg.discard and not history:\n",
+           ABLATION + "test_a_checkpoint_can_be_discarded_at_the_end"),
+    Mutant("the log does not say that the run is finished",
+           "tools/report.py",
+           "log.write(log_end(machine.peak_memory(cfg.device)))",
+           "machine.peak_memory(cfg.device)",
+           SURVIVAL + "test_past_its_end_a_run_is_left_alone_with_a_sentence"),
 
     # The state of the code in a log.
     Mutant("two trees with other changes have one name",

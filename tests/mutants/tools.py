@@ -124,8 +124,8 @@ COMMAND_LINE = [
            HELP),
     Mutant("Ctrl-C ends with the exit code of success",
            "tools/cli.py",
-           "        code = 128 + number\n",
-           "        code = 128 + number if number != signal.SIGINT else 0\n",
+           "return 128 + number, ",
+           "return 128 + number if number != signal.SIGINT else 0, ",
            ENDS),
     Mutant("a run that diverged ends like a mistake of the user's",
            "tools/cli.py",
@@ -164,8 +164,9 @@ COMMAND_LINE = [
            "tests/test_cli.py::test_an_output_that_is_not_utf8_raises_nothing"),
     Mutant("a fault of ours is told as a mistake of the user's",
            "tools/cli.py",
-           "except (UserError, OSError, MemoryError) as error:",
-           "except (UserError, OSError, MemoryError, ValueError) as error:",
+           "except (UserError, OSError, MemoryError, Stopped, KeyboardInterrupt) as error:",
+           "except (UserError, ValueError, OSError, MemoryError, Stopped, KeyboardInterrupt) as "
+           "error:",
            "tests/test_cli.py::test_a_fault_of_ours_keeps_its_traceback_and_success_its_code"),
 ]
 
@@ -312,6 +313,18 @@ MACHINE = [
            'r"[Uu]ncorrectable ECC error":',
            'r"[Uu]ncorrectable ECC error|CUDA error":',
            "tests/test_machine.py::test_a_fault_of_ours_stays_a_fault_of_ours"),
+    Mutant("what torch says of memory is shown as it is",
+           "tools/machine.py",
+           "        if is_out_of_memory(error):\n",
+           "        if False:\n",
+           "tests/test_survival.py::"
+           "test_a_run_that_does_not_fit_into_memory_names_the_next_smaller_microbatch"),
+    Mutant("a GPU that torch cannot use is not spoken of",
+           "tools/machine.py",
+           "    if reason:\n",
+           "    if False:\n",
+           "tests/test_survival.py::"
+           "test_a_gpu_that_torch_cannot_use_is_said_before_the_cpu_trains"),
 ]
 
 COLUMNS = (
