@@ -1,9 +1,9 @@
 """
 How fast kernels, linear layers and whole training steps are on this GPU, against compiled BF16 in
-the same run.
+the same run; and, where there are several GPUs, how training scales with their number.
 
     make bench                              # everything; rewrites the tables of fp4/README.md
-    python -m tools.bench --only linears    # kernels | linears | steps; prints only
+    python -m tools.bench --only linears    # kernels | linears | steps | scaling; prints only
     python -m tools.bench --quick           # fewer shapes; prints only
     python -m tools.bench --gemm bf16       # with another product than this GPU's; prints only
 
@@ -19,6 +19,8 @@ A card at its limit of power or temperature lowers its frequency, by a tenth and
 measured a minute later is measured on another card. Everything that is compared is therefore in
 memory at once, and takes turns (rounds, below). A time is the median over the rounds, and a ratio
 the median of the ratio to BF16 in the same round. One layer is also timed without turns.
+
+All this is done on the first GPU. bench_scaling.py then measures several, if there are more.
 """
 import concurrent.futures
 import contextlib
@@ -40,12 +42,15 @@ from tools import cli
 
 def parse(argv):
     parser = cli.Parser("python -m tools.bench", __doc__)
-    parser.add_argument("--only", choices=("kernels", "linears", "steps"),
+    parser.add_argument("--only", choices=("kernels", "linears", "steps", "scaling"),
                         help="measure this part and print it")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, printed")
     parser.add_argument("--gemm", default="auto",
                         help="which product FP4 runs on (fp4/backend.py); printed unless auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.only == "scaling" and (args.quick or args.gemm != "auto"):
+        parser.error("--only scaling takes neither --quick nor --gemm")
+    return args
 
 
 # The imports below take seconds, so that --help and mistyped flags are answered here.
@@ -611,8 +616,16 @@ def load_kernels(gemm):
     return backend
 
 
+def scaling(*argv):
+    """Does what python -m tools.bench_scaling does; returns its exit code."""
+    from tools import bench_scaling     # It imports the trainer.
+    return cli.run(bench_scaling.main, argv, "bench", go_on="")
+
+
 def main(argv):
     args = parse(argv)
+    if args.only == "scaling":
+        return scaling()
     try:
         backend = load_kernels(args.gemm)
     except ValueError as reason:        # or the GPU does not have this product
@@ -639,7 +652,7 @@ def main(argv):
         log(f"bench: {os.path.basename(README)} is as it was, because {error}")
         return 2
     atomic_write_text(README, text)
-    return 0
+    return scaling("--write") if torch.cuda.device_count() > 1 else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""Faults in what is measured on several GPUs and in its tables, and the tests that notice them."""
+from tools.mutants import Mutant
+
+SCALING = "tools/bench_scaling.py"
+BENCH = "tools/bench.py"
+T = "tests/test_bench_scaling.py::"
+RING = T + "test_a_collective_sends_what_a_ring_sends"
+BY_HAND = T + "test_two_processes_send_what_a_count_by_hand_says"
+TIME = T + "test_a_time_is_the_median_over_steps_of_the_slowest_process"
+OUT_OF_MEMORY = T + ("test_a_process_out_of_memory_costs_its_cell_and_no_other_and_nobody_waits_"
+                     "for_it")
+PLAN = T + "test_the_plan_has_one_gpu_first_and_large_models_sharded_only"
+NUMBERS = T + "test_the_numbers_of_gpus_are_powers_of_2_and_all_there_are"
+FITS = T + "test_16_bytes_a_parameter_have_to_fit_where_it_is"
+VALUES = T + "test_a_model_has_random_matrices_norms_of_1_and_the_trainers_positions"
+WHY = T + "test_why_a_torchrun_failed_is_what_its_processes_said_last"
+RESUME = T + "test_resume_measures_what_is_missing_or_has_failed_today"
+SPEED = T + "test_the_speed_table_has_tokens_a_second_efficiency_and_memory"
+SENT = T + "test_the_table_of_what_is_sent_has_a_row_s_gathers_as_a_share_of_bf16_s"
+HOOK = T + "test_a_full_run_of_bench_measures_several_gpus_at_the_end"
+
+MUTANTS = [
+    # ---- which cells there are
+    Mutant("six GPUs are never measured together",
+           SCALING,
+           "return sorted({*powers, n_visible})",
+           "return sorted({*powers})",
+           NUMBERS),
+    Mutant("large models are measured with ddp, too",
+           SCALING,
+           "(ways or LOADS[size].ways)",
+           "(ways or WAYS)",
+           PLAN),
+    Mutant("one GPU is measured once for each way",
+           SCALING,
+           "if n > 1 else (ONE,):",
+           "if n > 0 else (ONE,):",
+           PLAN),
+    Mutant("a sharded model needs as much memory as a whole one",
+           SCALING,
+           '        n_bytes /= cell["gpus"]\n',
+           "        pass\n",
+           FITS),
+    Mutant("embedding and head take no memory",
+           SCALING,
+           " + 2 * VOCABULARY * preset.n_embd",
+           "",
+           FITS),
+
+    # ---- a step
+    Mutant("the activations are float32",
+           SCALING,
+           'dtype="bfloat16",',
+           'dtype="float32",',
+           BY_HAND),
+    Mutant("gradients are exchanged with each microbatch",
+           SCALING,
+           "fp4.mark_last(self.trained, i == n_micro - 1)",
+           "fp4.mark_last(self.trained, True)",
+           T + "test_gradients_travel_with_the_last_microbatch_only"),
+    Mutant("what a step changes is not quantised anew",
+           SCALING,
+           "        self.optimizer.zero_grad()\n        fp4.quantize_weights(self.model)\n",
+           "        self.optimizer.zero_grad()\n",
+           T + "test_a_step_changes_every_weight_and_quantises_the_new_ones_once"),
+    Mutant("the scales of the norms are random",
+           SCALING,
+           "            values.fill_(1)\n",
+           "            values.normal_(1)\n",
+           VALUES),
+    Mutant("the positions have no angles",
+           SCALING,
+           "    model.sin.copy_(sin)\n",
+           "    model.sin.copy_(cos)\n",
+           VALUES),
+    Mutant("a model that does not fit is noticed only among the others",
+           SCALING,
+           "            self.begin()\n            self.step()\n",
+           "            self.begin()\n",
+           T + "test_a_model_that_is_not_sharded_has_done_a_step_before_it_depends_on_others"),
+
+    # ---- what is sent
+    Mutant("a GPU sends its own part to itself",
+           SCALING,
+           "times * (n - 1) * tensor.nbytes / n",
+           "times * tensor.nbytes",
+           RING),
+    Mutant("an all-reduce is only the reduce-scatter in it",
+           SCALING,
+           '"c10d::allreduce_": ("reductions", 2, 0)',
+           '"c10d::allreduce_": ("reductions", 1, 0)',
+           RING),
+    Mutant("of a reduce-scatter the part counts that a GPU keeps",
+           SCALING,
+           '"c10d::_reduce_scatter_base_": ("reductions", 1, 1)',
+           '"c10d::_reduce_scatter_base_": ("reductions", 1, 0)',
+           f"{RING} {BY_HAND}"),
+    Mutant("a collective that is not known counts nothing",
+           SCALING,
+           'check(name in COLLECTIVES, f"the bytes of {name} are not counted")',
+           'if name not in COLLECTIVES: return result',
+           T + "test_a_collective_that_is_not_known_is_refused_and_what_sends_nothing_is_not_"
+           "counted"),
+
+    # ---- times
+    Mutant("the first steps, which compile, are timed",
+           SCALING,
+           "range(WARM_UP + load.n_timed)][WARM_UP:]",
+           "range(WARM_UP + load.n_timed)]",
+           TIME),
+    Mutant("a step lasts as long as that of process 0",
+           SCALING,
+           "median(max(of_step) for",
+           "median(of_step[0] for",
+           TIME),
+    Mutant("the step whose bytes are counted is made on one GPU, too",
+           SCALING,
+           "    if processes.size() > 1:\n        with Wire()",
+           "    if processes.size() > 0:\n        with Wire()",
+           T + "test_one_gpu_sends_nothing_and_no_step_is_made_to_count_it"),
+
+    # ---- what fails
+    Mutant("memory that a process lacks alone ends all processes",
+           SCALING,
+           'all_know = processes.size() == 1 or hasattr(error, "is_told_elsewhere")',
+           "all_know = processes.size() == 1",
+           OUT_OF_MEMORY),
+    Mutant("every failure is one of memory",
+           SCALING,
+           'is_memory = "out of memory" in reason.lower()',
+           "is_memory = True",
+           OUT_OF_MEMORY),
+    Mutant("the reason is what a process says of the end of another",
+           SCALING,
+           'if line and "another process of this run" not in line]',
+           "if line]",
+           WHY),
+    Mutant("what torchrun says of itself is the reason",
+           SCALING,
+           r'if not re.match(r"[WEI]\d{4} ", line)]',
+           "]",
+           WHY),
+    Mutant("--resume takes the measurements of another day",
+           SCALING,
+           'for key in ("gpu", "torch", "date"))',
+           'for key in ("gpu", "torch"))',
+           RESUME),
+    Mutant("--resume does not try again what has failed",
+           SCALING,
+           'if is_same and "failed" not in entry]',
+           "if is_same]",
+           RESUME),
+
+    # ---- tables
+    Mutant("N GPUs are as efficient as they are fast",
+           SCALING,
+           "(entry['gpus'] * base['tokens_per_s'])",
+           "base['tokens_per_s']",
+           SPEED),
+    Mutant("what has failed is out of memory",
+           SCALING,
+           'return "failed" if "failed" in entry else "out of memory"',
+           'return "out of memory"',
+           T + "test_what_failed_is_in_the_table_and_its_reason_below"),
+    Mutant("the share of bf16's gathers is that of all it sends",
+           SCALING,
+           'of_bf16 = sum(base["gathers"].values())',
+           'of_bf16 = sum(base["gathers"].values()) + 1e9',
+           SENT),
+    Mutant("what is sent is that of the smallest number of GPUs",
+           SCALING,
+           "wire_table(entries, numbers[-1])",
+           "wire_table(entries, numbers[1])",
+           T + "test_what_is_sent_is_that_of_the_largest_number_of_gpus"),
+    Mutant("the README is rewritten although nobody asked",
+           SCALING,
+           "    if args.write:\n",
+           "    if True:\n",
+           T + "test_the_readme_is_rewritten_only_if_asked_for"),
+
+    # ---- the hook of make bench
+    Mutant("make bench measures several GPUs where there is one",
+           BENCH,
+           "torch.cuda.device_count() > 1 else 0",
+           "torch.cuda.device_count() > 0 else 0",
+           HOOK),
+    Mutant("--only scaling rewrites the README",
+           BENCH,
+           "        return scaling()\n",
+           '        return scaling("--write")\n',
+           HOOK),
+]
