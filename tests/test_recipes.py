@@ -644,7 +644,7 @@ def test_zeros_stay_zeros_in_every_row():
 
 
 def test_the_readmes_own_recipe_runs_in_under_twenty_lines(corpus, tmp_path):
-    with open(os.path.join(ROOT, "README.md")) as file:
+    with open(os.path.join(ROOT, "fp4", "README.md")) as file:
         readme = file.read()
     code = re.search(r"```python\n(# mine\.py.*?)```", readme, re.S).group(1)
     assert len(code.splitlines()) < 20
