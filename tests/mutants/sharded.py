@@ -31,7 +31,7 @@ MUTANTS = [
            "self.rows = self.parameter.detach().to_local()", TRAFFIC + "[2-traffic:fp4:float32]"),
     Mutant("only the whole model is gathered, and not each block", SHARDED,
            "fully_shard(block, mesh=mesh, reshard_after_forward=not block.keeps_gathered)", "pass",
-           FREED + "[2-freed:fp4:float32]"),
+           TRAFFIC + "[2-traffic:bf16:float32]"),
     Mutant("strips of unequal size are quantised, too", SHARDED,
            "owners[layer.weight] == 1 and layer.weight.shape[0] % n_processes == 0",
            "owners[layer.weight] == 1",
