@@ -314,7 +314,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     trained = forward if cfg.shard else processes.average_gradients(forward)
     fp4.quantize_weights(model)
     saved_at = time.monotonic()
-    log = processes.open_log(log_path(cfg))
+    log = processes.open_log(run.log_path(cfg.folder))
     bar = bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
     with log, bar, processes.between_steps() as stop:
         for step in range(len(history), steps):
@@ -384,9 +384,6 @@ def compiled(model, cfg):
     return model
 
 
-def log_path(cfg): return os.path.join(cfg.folder, "log.csv")
-
-
 def begin(cfg, corpus, model, optimizer):
     """Open the log of a run. Where it resumes, put its checkpoint into model and optimizer.
 
@@ -395,7 +392,7 @@ def begin(cfg, corpus, model, optimizer):
     made_by = (machine.describe(cfg.device, processes.size()), backend_description(model))
     if not cfg.resume:
         head = run.log_head(vars(cfg), *made_by, corpus.identity)
-        processes.by_rank_0(lambda: run.start_log(log_path(cfg), head))
+        processes.by_rank_0(lambda: run.start_log(run.log_path(cfg.folder), head))
         return []
     state = checkpoint.load(cfg.folder)
     old_corpus = state["corpus"]["identity"]
@@ -409,7 +406,7 @@ def begin(cfg, corpus, model, optimizer):
     optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
     # The log says for good how the steps so far were made. This head is for one that is lost.
     head = run.log_head(state["config"], *made_by, old_corpus)
-    processes.by_rank_0(lambda: run.resume_log(log_path(cfg), head, history, changes))
+    processes.by_rank_0(lambda: run.resume_log(run.log_path(cfg.folder), head, history, changes))
     print(f"{cfg.name} goes on after step {len(history)}; changes: {what_changes or 'none'}")
     return history
 

@@ -249,11 +249,9 @@ class Float8Strip(QuantizedStrip):
     def received(self, values): return fp8.Scaled(values.view(fp8.E4M3), self.scale)
 
 
-class RoundedStrip(Strip):
+class RoundedStrip(CastStrip):
     """A matrix that is no Linear of ours, embedding or head, which the model itself casts to the
     dtype of the activations. It travels in that dtype, and becomes a float32 tensor again."""
-
-    def to_send(self): return (self.rows.to(self.dtype),)
 
     @torch.no_grad()
     def after_gathering(self, arrived, metadata, param_dtype, *, out=None):

@@ -41,7 +41,7 @@ class Load(NamedTuple):
     n_micro: int                        # microbatches
     n_timed: int                        # steps that are timed
     ways: tuple = ("ddp", "sharded")    # with several GPUs, unless --ways says otherwise
-    by_block: bool = False              # compiled block by block, as what is sharded always is
+    by_block: bool = False              # compiled block by block, as always with several GPUs
 
 
 # To compile many blocks as one graph takes a minute. So deep models are compiled block by block on
@@ -355,15 +355,13 @@ def measure(cell):
 
     Raises MemoryError in a process that runs out of memory where it cannot tell the others.
     """
-    if cell["device"] != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+    machine.forget_peak_memory(cell["device"])
     load = LOADS[cell["size"]]
     try:
         training = processes.all_or_none(lambda: fitting(Training, settings(cell), load))
         return fitting(time_and_count, training)
     except MemoryError as error:
-        all_know = processes.size() == 1 or hasattr(error, "is_told_elsewhere")
-        if not all_know:
+        if not processes.all_have(error):
             raise
     return {}
 
@@ -399,16 +397,11 @@ def time_and_count(training):
 
 
 def seconds_of_step(training):
-    synchronize(training.cfg.device)
+    machine.synchronize(training.cfg.device)
     start = time.perf_counter()
     training.step()
-    synchronize(training.cfg.device)
+    machine.synchronize(training.cfg.device)
     return time.perf_counter() - start
-
-
-def synchronize(device):
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 # ---- the process that starts the others
@@ -486,7 +479,8 @@ ABOUT = """\
 Each GPU has the same sequences at every number of GPUs. "Of N x 1" is tokens a second divided by N
 times those of one GPU. A time is the median over steps of the slowest process's, by the clock on
 the wall; peak memory is the largest of all GPUs. ddp: every GPU has the whole model; sharded: each
-has strips of it. What is sharded is compiled block by block, and so are 3200M and 7B on one GPU."""
+has strips of it. With several GPUs a model is compiled block by block; with one only 3200M and 7B
+are."""
 
 ABOUT_WIRE = """\
 What one of {n} GPUs sends in a step, if each collective runs as a ring: (N-1)/N of the whole data

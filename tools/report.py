@@ -24,7 +24,7 @@ from data.files import atomic_write, atomic_write_text, check
 from fp4.recipes import RECIPES
 from tools import checkpoint, machine, markdown
 from tools.gaps import Gap, Pool, gaps_to, pool_of, smallest_visible
-from tools.run import NO_KERNELS, label, log_end
+from tools.run import NO_KERNELS, label, log_end, log_path
 
 NO_PICTURE = "(no picture: matplotlib is not installed)"
 FEW_RUNS = 6                            # Up to here a picture has room for the training losses.
@@ -55,15 +55,14 @@ def finish(cfg, history):
     cfg      the settings of the run
     history  its list of run.Step
     """
-    log_path = os.path.join(cfg.folder, "log.csv")
     curve = draw_curves(os.path.join(cfg.folder, "curve.svg"), {cfg.name: [history]})
-    files = [log_path, curve]
+    files = [log_path(cfg.folder), curve]
     if cfg.discard:
         checkpoint.discard(cfg.folder)
     else:
         files.append(checkpoint.newest_path(cfg.folder))
     # This is written last: nothing is done any more to a run that is finished.
-    with open(log_path, "a") as log:
+    with open(log_path(cfg.folder), "a") as log:
         log.write(log_end(machine.peak_memory(cfg.device)))
     print(f"\n{cfg.name}: final val loss {history[-1].val:.4f}; {', '.join(files)}")
 

@@ -190,6 +190,9 @@ def free_name(path):
 
 # ---- log.csv is written
 
+def log_path(folder): return os.path.join(folder, "log.csv")
+
+
 class Step(NamedTuple):
     """One line of the table in log.csv."""
     step: int                           # counted from 1
@@ -507,7 +510,7 @@ def thin_log(text):
 def run_in(folder):
     """The Run whose log lies in a folder, or None."""
     try:
-        return read_log(os.path.join(folder, "log.csv"))
+        return read_log(log_path(folder))
     except (OSError, ValueError):
         return None
 

@@ -122,8 +122,8 @@ MUTANTS = [
     # ---- what fails
     Mutant("memory that a process lacks alone ends all processes",
            SCALING,
-           'all_know = processes.size() == 1 or hasattr(error, "is_told_elsewhere")',
-           "all_know = processes.size() == 1",
+           "if not processes.all_have(error):",
+           "if processes.size() > 1:",
            OUT_OF_MEMORY),
     Mutant("every failure is one of memory",
            SCALING,

@@ -276,7 +276,7 @@ MUTANTS = [
     Mutant("a corpus that is too short is refused after the folder is made", "quartet.py",
            "    tokens.check_long_enough(corpus.train, cfg.seq)\n",
            "    run.set_aside(cfg.folder)\n"
-           "    run.start_log(log_path(cfg), run.log_head(vars(cfg), \"\", \"\"))\n",
+           "    run.start_log(run.log_path(cfg.folder), run.log_head(vars(cfg), \"\", \"\"))\n",
            BAD),
 
     # Settings of a checkpoint
