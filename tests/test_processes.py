@@ -490,6 +490,16 @@ def test_a_signal_that_comes_when_the_processes_have_met_already_stops_them_a_st
 
 # ---- checkpoints
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_checkpoint_that_is_due_in_one_process_is_written_by_all(launch, tmp_path, late):
+    plant = f"quartet.CHECKPOINT_SECONDS = 0 if RANK == {late} else 1e9"
+    launched = launch(tmp_path, 2, *SMALL, "--shard", "--steps", 3, "--eval_every", 1000,
+                      "--keep", 9, "--precision", "bf16", "--name", "r", plant=plant)
+    assert launched.codes == [0, 0]
+    shards = {name for name in os.listdir(tmp_path / "r") if name.endswith(".shards")}
+    assert shards == {"ckpt-1.shards", "ckpt-2.shards", "ckpt-3.shards"}
+
+
 @pytest.mark.parametrize("precision, before, after", [
     ("bf16", "one", "two"), ("bf16", "one", "three-sharded"),
     ("bf16", "two", "one"), ("fp4", "two", "two"), ("bf16", "two", "four-sharded"),

@@ -19,6 +19,7 @@ FAILS = TEST + "one_that_fails_alone_ends_all_at_once_and_the_run_goes_on_from_i
 TOGETHER = TEST + "a_mistake_of_one_where_all_are_together_is_told_once_by_it_alone"
 NAN = TEST + "a_nan_of_one_process_is_divergence_of_all"
 SIGNAL = TEST + "a_signal_to_any_process_stops_all_after_the_same_step_with_a_checkpoint"
+DUE = TEST + "a_checkpoint_that_is_due_in_one_process_is_written_by_all[1]"
 LATER = TEST + "a_signal_that_comes_when_the_processes_have_met_already_stops_them_a_step_later"
 GOES_ON = TEST + "a_run_goes_on_with_any_number_of_processes_sharded_or_not"
 DAMAGED = TEST + "a_damaged_shard_gives_way_to_the_checkpoint_before"
@@ -80,6 +81,10 @@ MUTANTS = [
            'whole = getattr(tensor, "_local_tensor", tensor)',
            survives="torch 2.13 sums the norm up itself, so that all processes have it; the call "
                     "is for versions that leave that to the caller"),
+
+    # What is due
+    Mutant("only rank 0 can be late for a checkpoint", PROCESSES,
+           "any(are_late)", "bool(are_late[0])", DUE),
 
     # What is told
     Mutant("all print", PROCESSES,
