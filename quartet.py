@@ -374,10 +374,9 @@ def compiled(model, cfg):
     """The model's forward pass, compiled if cfg says so."""
     if not cfg.compile:
         return model
-    if processes.size() == 1 and not cfg.shard:
+    if not cfg.shard:
         return torch.compile(model, fullgraph=True)
-    # Several processes send gradients off between one block and the next, and sharded weights
-    # come and go there.
+    # Sharded weights come and go between one block and the next.
     model.predict = torch.compile(model.predict, fullgraph=True)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True)

@@ -41,7 +41,7 @@ class Load(NamedTuple):
     n_micro: int                        # microbatches
     n_timed: int                        # steps that are timed
     ways: tuple = ("ddp", "sharded")    # with several GPUs, unless --ways says otherwise
-    by_block: bool = False              # compiled block by block, as always with several GPUs
+    by_block: bool = False              # compiled block by block, as sharded models always are
 
 
 # To compile many blocks as one graph takes a minute. So deep models are compiled block by block on
@@ -479,8 +479,8 @@ ABOUT = """\
 Each GPU has the same sequences at every number of GPUs. "Of N x 1" is tokens a second divided by N
 times those of one GPU. A time is the median over steps of the slowest process's, by the clock on
 the wall; peak memory is the largest of all GPUs. ddp: every GPU has the whole model; sharded: each
-has strips of it. With several GPUs a model is compiled block by block; with one only 3200M and 7B
-are."""
+has strips of it. A sharded model is compiled block by block, and so are 3200M and 7B on one GPU;
+others are one graph."""
 
 ABOUT_WIRE = """\
 What one of {n} GPUs sends in a step, if each collective runs as a ring: (N-1)/N of the whole data
