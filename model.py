@@ -221,10 +221,10 @@ class Llama(nn.Module):
     def predict(self, x, targets):
         """x [B, T, n_embd], which the blocks have made -> what forward returns."""
         x = self.norm(x)
-        logits = F.linear(x, self.head.weight.to(x.dtype)).float()
+        weight = self.head.weight
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return F.linear(x, weight.to(x.dtype)).float()
+        return fp4.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, n_tokens, temperature=0.8, top_k=50, generator=None):

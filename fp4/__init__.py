@@ -15,6 +15,7 @@ MODULE_OF = {
     "check_weights": "whole_model",
     "replace_linears": "whole_model",
     "shard": "sharded",
+    "linear_cross_entropy": "cross_entropy",
     "mark_last": "whole_model",
     "blocks_beyond_window": "window",
     "Packed": "ops",

@@ -125,8 +125,7 @@ MUTANTS = [
     Mutant("the last norm is left out", "model.py",
            "x = self.norm(x)\n", "x = x * 1\n", LOGITS),
     Mutant("the head shares the embedding's weights", "model.py",
-           "F.linear(x, self.head.weight.to(x.dtype))",
-           "F.linear(x, self.embed.weight.to(x.dtype))", LOGITS),
+           "weight = self.head.weight", "weight = self.embed.weight", LOGITS),
     Mutant("the projections that end a sum begin as large as the others", "model.py",
            "std /= (2 * self.config.n_layer) ** 0.5", "std /= 1", FIRST_WEIGHTS),
     Mutant("the first projections are for one sum a block", "model.py",
@@ -143,10 +142,7 @@ MUTANTS = [
     Mutant("activations are float32 whatever was asked for", "model.py",
            "x = self.embed(idx).to(self.dtype)", "x = self.embed(idx)", DTYPES),
     Mutant("logits have the activations' dtype", "model.py",
-           "self.head.weight.to(x.dtype)).float()", "self.head.weight.to(x.dtype))", DTYPES),
-    Mutant("targets that do not count are in the denominator", "model.py",
-           "targets.flatten(), ignore_index=-1)",
-           "targets.flatten(), ignore_index=-1, reduction=\"sum\") / targets.numel()", LOSS),
+           "weight.to(x.dtype)).float()", "weight.to(x.dtype))", DTYPES),
 
     # Sampling
     Mutant("logits are multiplied by the temperature", "model.py",
