@@ -19,9 +19,10 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from data import signals
-from data.files import UserError, check
+from data.files import UserError, check, checked
 from fp4.recipes import AXES, RECIPES, recipe
 from tools import cli, run              # the command line; the log and the lock of a run
 from tools.cli import flag
@@ -86,6 +87,7 @@ class Settings:
 
     # The machine.
     compile: bool = flag(None, "compile the model with torch.compile; default: on a GPU")
+    replay: bool = flag(None, "replay each step as CUDA graphs; default: small models on a GPU")
     gemm: str = flag("auto", "which product a GPU multiplies FP4 with: auto | fp8 | bf16 | fp32 | "
                              "own | library (fp4/README.md)")
     device: str = flag(None, "cpu | cuda | cuda:1 ...; default: a GPU if there is one")
@@ -131,7 +133,7 @@ from data.progress import bar_on_terminal
 from data.tokenizer import vocabulary_from_state
 from fp4.backend import GEMMS
 from model import PRESETS, Llama, count_params
-from tools import checkpoint, machine, processes
+from tools import checkpoint, cuda_graph, machine, processes
 
 
 def resolve(settings):
@@ -170,6 +172,7 @@ def resolve(settings):
         lr=settings.lr or preset.lr,
         data=preset.data if settings.data is None else settings.data,
         compile=device != "cpu" if settings.compile is None else settings.compile,
+        replay=cuda_graph.pays(settings.replay, device, preset.n_embd, processes.size()),
         name=run.folder_name(
             settings.out, settings.name, f"{size}-{run.label(vars(settings))}"),
     )
@@ -184,10 +187,7 @@ def default_microbatch(batch, n_embd):
 def recipe_of(cfg):
     """The row of the table that the settings name, with the columns that they change."""
     axes = {axis: getattr(cfg, axis) for axis in AXES if getattr(cfg, axis) is not None}
-    try:
-        return recipe(cfg.precision, **axes)
-    except ValueError as error:
-        raise UserError(str(error))
+    return checked(recipe, cfg.precision, **axes)
 
 
 def n_steps(cfg, n_params):
@@ -245,20 +245,13 @@ def build_model(cfg, vocab_size):
         # In an ablation one run follows another, and torch keeps only 8 compiled versions.
         torch.compiler.reset()
     model_recipe = recipe_of(cfg)
-    backend = build_kernels(cfg.gemm) if model_recipe.has_kernels else None
+    backend = checked(fp4.build, cfg.gemm) if model_recipe.has_kernels else None
     padded_vocab = 64 * math.ceil(vocab_size / 64)      # Matrix units are faster on such sizes.
     config = PRESETS[cfg.size].model_config(padded_vocab, cfg.seq)
     dtype = getattr(torch, cfg.dtype)
     model = Llama(config, model_recipe, dtype, cfg.keep_first, cfg.keep_last, backend)
     # A sharded model is too large for one GPU: fp4.shard moves it there, piece by piece.
     return model if cfg.shard else model.to(cfg.device)
-
-
-def build_kernels(gemm):
-    try:
-        return fp4.build(gemm)
-    except ValueError as error:         # This GPU does not have that product.
-        raise UserError(str(error))
 
 
 def build_optimizer(model, cfg):
@@ -312,7 +305,14 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     machine.forget_peak_memory(cfg.device)
     forward = compiled(model, cfg)
     trained = forward if cfg.shard else processes.average_gradients(forward)
-    fp4.quantize_weights(model)
+    accumulate = cuda_graph.forward_backward(trained, n_micro // processes.size())
+    parameters = list(model.parameters())
+    clip = partial(torch.nn.utils.clip_grad_norm_, parameters, cfg.clip or math.inf)
+    quantize_weights = partial(fp4.quantize_weights, model)
+    if cfg.replay:
+        accumulate, clip, quantize_weights = map(
+            cuda_graph.Replayed, (accumulate, clip, quantize_weights))
+    quantize_weights()
     saved_at = time.monotonic()
     log = processes.open_log(run.log_path(cfg.folder))
     bar = bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
@@ -328,28 +328,24 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             # share of the batch.
             processes.seed_step(cfg.seed, step)
             loss = torch.zeros((), device=cfg.device)
-            own = range(step * n_micro, (step + 1) * n_micro)[processes.rank()::processes.size()]
+            own = processes.share_of(range(step * n_micro, (step + 1) * n_micro))
             for i in own:
                 batch = tokens.batch(corpus.train, i, cfg.micro, cfg.seq, cfg.seed)
                 x, y = to_device(batch, cfg.device)
                 fp4.mark_last(trained, i == own[-1])
-                part = trained(x, y) / len(own)
-                part.backward()
-                loss += part.detach()
+                loss += accumulate(x, y)
 
-            max_norm = cfg.clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            norm = processes.number(norm)
+            norm = processes.number(clip())
             is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                row = run.Step(step + 1, loss, None, lr, norm, 0, 0, "n/a")
+                row = run.Step(step + 1, loss, None, lr, norm)
                 log.write(run.log_row(row))
                 diverge(cfg, row, log)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not cfg.replay)
             # A weight is quantised once a step and serves every microbatch of the next one.
-            fp4.quantize_weights(model)
+            quantize_weights()
             machine.synchronize(cfg.device)
             seconds = time.perf_counter() - start
 
@@ -471,10 +467,7 @@ def sample(model, vocabulary, text, cfg):
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     prompt = vocabulary.encode(text)
     ids = torch.tensor([prompt], device=cfg.device)
-    try:
-        ids = model.generate(ids, cfg.sample_tokens, generator=generator)
-    except ValueError as error:
-        raise UserError(str(error))
+    ids = checked(model.generate, ids, cfg.sample_tokens, generator=generator)
     return vocabulary.decode(ids[0].tolist())
 
 

@@ -34,6 +34,15 @@ def check(condition, sentence):
         raise UserError(sentence)
 
 
+def checked(f, *args, **kwargs):
+    """Returns f(*args, **kwargs). A ValueError, with which libraries say that an argument is wrong,
+    becomes a UserError with the same sentence."""
+    try:
+        return f(*args, **kwargs)
+    except ValueError as error:
+        raise UserError(str(error))
+
+
 def atomic_write(path, save):
     """
     Calls save(file) on a binary file that takes the place of `path` once it is complete.

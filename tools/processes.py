@@ -244,6 +244,11 @@ def deal(items):
 
 # ---- what a process has to do
 
+def share_of(items):
+    """Returns every size()-th of the items, from that of this process's rank on."""
+    return items[rank()::size()]
+
+
 def check_divides(batch, micro):
     """Raises UserError unless each process gets as many microbatches of a batch as the others.
 

@@ -41,7 +41,7 @@ MAX_STEPS = 2 ** 31
 # A corpus is known by its content. How it is called matters only where the content is not known.
 CORPUS_NAMES = ("data", "vocab")
 # A run that was resumed with other values of these can still be compared with other runs.
-HARMLESS = ("micro", "compile", "device", "gemm", "eval_every")
+HARMLESS = ("micro", "compile", "replay", "device", "gemm", "eval_every")
 # Settings that may change on --resume. Any other says how the run has been trained so far, and
 # would no longer be true of all its steps.
 MAY_CHANGE = (*LENGTHS, *HARMLESS, *CORPUS_NAMES, "lr", "weight_decay", "clip")
@@ -200,9 +200,10 @@ class Step(NamedTuple):
     val: Optional[float]                # validation loss after the step; None: not evaluated
     lr: float
     norm: float                         # of the gradient, before it was clipped
-    ms: float                           # wall-clock time of the step
-    tokens_per_s: float
-    mfu: str                            # model FLOPs utilisation, or n/a
+    # Of a step that was not finished, the others are not known.
+    ms: float = 0                       # wall-clock time of the step
+    tokens_per_s: float = 0
+    mfu: str = "n/a"                    # model FLOPs utilisation
     # Of a million blocks of 32, how many FP8 had to round; None: not counted, or not in FP8.
     beyond_window: Optional[float] = None
 

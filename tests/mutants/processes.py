@@ -127,12 +127,13 @@ MUTANTS = [
            'return f"{name}, process {rank}"', "return name", FAILS + "[two-mistake]"),
 
     # The trainer
-    Mutant("each process computes the whole batch", "quartet.py",
-           "[processes.rank()::processes.size()]", "[0::1]", SHARED),
-    Mutant("each process computes the first one's share", "quartet.py",
-           "[processes.rank()::processes.size()]", "[0::processes.size()]", TWO),
+    Mutant("each process computes the whole batch", PROCESSES,
+           "items[rank()::size()]", "items[0::1]", SHARED),
+    Mutant("each process computes the first one's share", PROCESSES,
+           "items[rank()::size()]", "items[0::size()]", TWO),
     Mutant("a microbatch is weighted by the whole batch", "quartet.py",
-           "trained(x, y) / len(own)", "trained(x, y) / n_micro", TWO),
+           "forward_backward(trained, n_micro // processes.size())",
+           "forward_backward(trained, n_micro)", TWO),
     Mutant("gradients are averaged with the first microbatch", "quartet.py",
            "i == own[-1]", "i == own[0]", TWO),
     Mutant("all write the log", PROCESSES,

@@ -38,15 +38,13 @@ RESUMED = SURVIVAL + "a_stopped_run_that_is_resumed_ends_as_if_it_had_not_been_s
 DAMAGED = SURVIVAL + "a_damaged_newest_checkpoint_gives_way_to_the_one_before"
 
 CLIP = """\
-            max_norm = cfg.clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            norm = processes.number(norm)
+            norm = processes.number(clip())
 """
 CHECK = """\
             is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                row = run.Step(step + 1, loss, None, lr, norm, 0, 0, "n/a")
+                row = run.Step(step + 1, loss, None, lr, norm)
                 log.write(run.log_row(row))
                 diverge(cfg, row, log)
 """
@@ -71,23 +69,24 @@ MUTANTS = [
     Mutant("decay is a part of the gradient", "quartet.py",
            "torch.optim.AdamW(groups", "torch.optim.Adam(groups", CLIPPED),
     Mutant("the gradient is not clipped", "quartet.py",
-           "max_norm = cfg.clip or math.inf", "max_norm = math.inf", CLIPPED),
+           "parameters, cfg.clip or math.inf)", "parameters, math.inf)", CLIPPED),
     Mutant("a clip of 0 clips at 1", "quartet.py",
            "cfg.clip or math.inf", "cfg.clip or 1.0", UNCLIPPED),
     Mutant("the gradient is clipped after the step", "quartet.py", CLIP + CHECK + STEP,
            STEP + CLIP + CHECK, CLIPPED),
     Mutant("each value of the gradient is clipped", "quartet.py",
-           "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)",
-           "norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)\n"
-           "            torch.nn.utils.clip_grad_value_(model.parameters(), max_norm)", CLIPPED),
+           "norm = processes.number(clip())",
+           "norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf).item()\n"
+           "            torch.nn.utils.clip_grad_value_(parameters, cfg.clip or math.inf)",
+           CLIPPED),
     Mutant("the logged norm is that of the clipped gradient", "quartet.py",
-           "processes.number(norm)", "processes.number(norm.clamp(max=max_norm))",
-           PLAIN),
+           "processes.number(clip())",
+           "min(processes.number(clip()), cfg.clip or math.inf)", PLAIN),
     Mutant("only the blocks' gradient is clipped", "quartet.py",
-           "clip_grad_norm_(model.parameters()", "clip_grad_norm_(model.blocks.parameters()",
-           PLAIN),
+           "parameters = list(model.parameters())",
+           "parameters = list(model.blocks.parameters())", PLAIN),
     Mutant("gradients of earlier steps stay", "quartet.py",
-           "            optimizer.zero_grad()\n", "", PLAIN),
+           "            optimizer.zero_grad(set_to_none=not cfg.replay)\n", "", PLAIN),
 
     # Schedule
     Mutant("there is no warm-up", "quartet.py", "warmup = steps // 10", "warmup = 0", SCHEDULE),
@@ -109,23 +108,22 @@ MUTANTS = [
            "lr=settings.lr or preset.lr", "lr=preset.lr", GROUPS),
 
     # Batches and microbatches
-    Mutant("the gradients of microbatches add up without weights", "quartet.py",
-           "part = trained(x, y) / len(own)\n                part.backward()\n"
-           "                loss += part.detach()",
-           "part = trained(x, y)\n                part.backward()\n"
-           "                loss += part.detach() / len(own)", CLIPPED),
+    Mutant("the gradients of microbatches add up without weights", "tools/cuda_graph.py",
+           "loss = model(x, y) / n_micro\n        loss.backward()\n        return loss.detach()",
+           "loss = model(x, y)\n        loss.backward()\n        return loss.detach() / n_micro",
+           CLIPPED),
     Mutant("the logged loss is that of the last microbatch", "quartet.py",
-           "loss += part.detach()", "loss = part.detach() * n_micro", CLIPPED),
+           "loss += accumulate(x, y)", "loss = accumulate(x, y) * n_micro", CLIPPED),
     Mutant("a batch is its first microbatch, several times", "quartet.py",
            "tokens.batch(corpus.train, i,", "tokens.batch(corpus.train, step * n_micro,", CLIPPED),
     Mutant("every step has the first batch", "quartet.py",
            "tokens.batch(corpus.train, i,", "tokens.batch(corpus.train, i % n_micro,", PLAIN),
     Mutant("the last microbatch is left out", "quartet.py",
-           "(step + 1) * n_micro)[", "(step + 1) * n_micro - (n_micro > 1))[", CLIPPED),
+           "(step + 1) * n_micro))", "(step + 1) * n_micro - (n_micro > 1)))", CLIPPED),
     Mutant("the order of the data does not depend on the seed", "quartet.py",
            "cfg.micro, cfg.seq, cfg.seed)", "cfg.micro, cfg.seq, 0)", CLIPPED),
     Mutant("the targets are the inputs", "quartet.py",
-           "part = trained(x, y)", "part = trained(x, x)", PLAIN),
+           "accumulate(x, y)", "accumulate(x, x)", PLAIN),
     Mutant("the model trains on the tokens for validation", "quartet.py",
            "tokens.batch(corpus.train,", "tokens.batch(corpus.val,", PLAIN),
     Mutant("a microbatch need not divide the batch", "quartet.py",
@@ -183,12 +181,12 @@ MUTANTS = [
            "cfg.keep_first, cfg.keep_last, backend)", "cfg.keep_last, cfg.keep_first, backend)",
            KEPT),
     Mutant("the axes do not change the row", "quartet.py",
-           "return recipe(cfg.precision, **axes)", "return recipe(cfg.precision)",
+           "checked(recipe, cfg.precision, **axes)", "checked(recipe, cfg.precision)",
            TRAIN + "an_axis_changes_the_row_and_names_the_run"),
     Mutant("a CPU compiles by default", "quartet.py",
            'compile=device != "cpu" if', 'compile=True if', COMPILES),
     Mutant("quantised weights are never renewed", "quartet.py",
-           "every microbatch of the next one.\n            fp4.quantize_weights(model)\n",
+           "every microbatch of the next one.\n            quantize_weights()\n",
            "every microbatch of the next one.\n",
            SURVIVAL + "a_weight_is_quantised_once_a_step"),
 
@@ -349,7 +347,7 @@ MUTANTS = [
     Mutant("a sample is drawn by the generator of everything", "quartet.py",
            "cfg.sample_tokens, generator=generator)", "cfg.sample_tokens)", SAMPLE),
     Mutant("a sample has the length of its default", "quartet.py",
-           "model.generate(ids, cfg.sample_tokens,", "model.generate(ids, 200,", SAMPLE),
+           "model.generate, ids, cfg.sample_tokens,", "model.generate, ids, 200,", SAMPLE),
     Mutant("a sample leaves its beginning out", "quartet.py",
            "vocabulary.decode(ids[0].tolist())", "vocabulary.decode(ids[0, len(prompt):].tolist())",
            SAMPLE),
