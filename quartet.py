@@ -133,7 +133,7 @@ from data.progress import bar_on_terminal
 from data.tokenizer import vocabulary_from_state
 from fp4.backend import GEMMS
 from model import PRESETS, Llama, count_params
-from tools import checkpoint, cuda_graph, machine, processes
+from tools import checkpoint, cuda_graph, energy, machine, processes
 
 
 def resolve(settings):
@@ -283,8 +283,9 @@ def train(cfg):
         with processes.held_by_rank_0(run.lock(cfg.folder)):
             history = begin(cfg, corpus, model, optimizer)
             announce(cfg, model, steps)
-            train_steps(cfg, corpus, model, optimizer, history, steps)
-            finish(cfg, model, corpus, history)
+            with energy.of_run(cfg, history) as spent:
+                train_steps(cfg, corpus, model, optimizer, history, steps)
+            finish(cfg, model, corpus, history, spent)
 
 
 def prepare(cfg, corpus):
@@ -302,12 +303,10 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     """The training loop: from the first step that is not in history to the last."""
     n_micro = cfg.batch // cfg.micro
     eval_every = cfg.eval_every or max(1, steps // 10)
-    machine.forget_peak_memory(cfg.device)
     forward = compiled(model, cfg)
     trained = forward if cfg.shard else processes.average_gradients(forward)
     accumulate = cuda_graph.forward_backward(trained, n_micro // processes.size())
-    parameters = list(model.parameters())
-    clip = partial(torch.nn.utils.clip_grad_norm_, parameters, cfg.clip or math.inf)
+    clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()), cfg.clip or math.inf)
     quantize_weights = partial(fp4.quantize_weights, model)
     if cfg.replay:
         accumulate, clip, quantize_weights = map(
@@ -384,7 +383,7 @@ def begin(cfg, corpus, model, optimizer):
 
     Returns the steps that are done already, a list of run.Step.
     """
-    made_by = (machine.describe(cfg.device, processes.size()), backend_description(model))
+    made_by = machine.describe(cfg.device, processes.size()), backend_description(model)
     if not cfg.resume:
         head = run.log_head(vars(cfg), *made_by, corpus.identity)
         processes.by_rank_0(lambda: run.start_log(run.log_path(cfg.folder), head))
@@ -438,15 +437,15 @@ def diverge(cfg, row, log):
     raise processes.told_by(0, run.Diverged(sentence))
 
 
-def finish(cfg, model, corpus, history):
+def finish(cfg, model, corpus, history, spent):
     """Print a sample, then draw the curve, and say where everything is."""
     try:
         text = sample(model, corpus.vocabulary, "def", cfg)
     except UserError as error:          # A sample never ends a run.
         text = f"(no sample: {error})"
-    print("\n" + text)
+    print(f"\n{text}")
     from tools import report            # Only a finished run needs it.
-    processes.by_rank_0(lambda: report.finish(cfg, history))
+    processes.by_rank_0(lambda: report.finish(cfg, history, spent))
 
 
 # ---- sampling
@@ -465,8 +464,7 @@ def sample_from_checkpoint(cfg):
 def sample(model, vocabulary, text, cfg):
     """The text, continued by the model. Raises UserError if it cannot be."""
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    prompt = vocabulary.encode(text)
-    ids = torch.tensor([prompt], device=cfg.device)
+    ids = torch.tensor([vocabulary.encode(text)], device=cfg.device)
     ids = checked(model.generate, ids, cfg.sample_tokens, generator=generator)
     return vocabulary.decode(ids[0].tolist())
 

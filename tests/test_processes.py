@@ -219,6 +219,22 @@ def test_the_speed_in_the_log_is_that_of_all_processes(trained):
         assert row.tokens_per_s == pytest.approx(12 * 32 / row.ms * 1000, rel=.01)
 
 
+def test_the_joules_in_the_log_are_those_of_all_processes_and_since_a_resume_of_its_steps(
+        launch, tmp_path):
+    # Two readings find a movement of the counter, so that from one to the next it moves by two.
+    plant = """
+import itertools
+from tools import energy
+energy.counter = lambda device: itertools.count(0, 1920 * (RANK + 1)).__next__
+"""
+    args = [*SMALL, "--precision", "bf16", "--name", "r"]
+    for steps, joules in ((2, "15 J a token"), (5, "10 J a token, of the steps after 2")):
+        launched = launch(tmp_path, 2, *args, "--steps", steps, "--resume", plant=plant)
+        assert launched.codes == [0, 0], launched
+        [end] = re.findall("# finished .*", (tmp_path / "r" / "log.csv").read_text())
+        assert end.endswith(f", energy 11520 J, {joules}")
+
+
 @pytest.mark.parametrize("kind", ["two", "two-sharded"])
 def test_fp4_repeats_itself_bit_for_bit_and_is_not_that_of_another_number_of_processes(
         trained, kind):

@@ -323,14 +323,14 @@ def test_a_line_of_the_log_says_each_number_in_its_column():
         f"# data {json.dumps(CORPUS)}"]
     assert names_of_columns.split(",") == list(Step._fields) and len(columns) == len(Step._fields)
     assert names_of_columns.startswith("step,loss,val,lr,norm,ms,tokens_per_s,mfu")
-    found = run.parse_log(head + run.log_row(row) + run.log_end("1.03 GiB"))
+    found = run.parse_log(head + run.log_row(row) + run.log_end("1.03 GiB", "n/a"))
     assert found.history == [Step(7, 5.123457, 4.5679, 1.25e-3, 0.5, 12.3, 98765, "41.2%")]
     assert found.device == "A GPU, torch 2" and found.memory == "1.03 GiB"
     assert found.date == str(datetime.date.today())
 
 
 def test_a_validation_loss_of_zero_was_evaluated():
-    found = run.parse_log(log_text(0) + run.log_row(step(1, val=0.0)) + run.log_end("n/a"))
+    found = run.parse_log(log_text(0) + run.log_row(step(1, val=0.0)) + run.log_end("n/a", "n/a"))
     assert found.vals == [0.0] and found.ended
 
 
@@ -382,7 +382,7 @@ def test_every_resume_is_said_and_what_is_trained_again_is_dropped(log):
     assert resume(4, {}) == [4]
     train(5, 8)
     with open(log, "a") as file:
-        file.write(run.log_end("n/a"))
+        file.write(run.log_end("n/a", "n/a"))
     assert run.read_log(log).ended
     assert resume(8, {"steps": [9, 12]}) == [4, 8]
     assert not run.read_log(log).ended and run.read_log(log).config["steps"] == 12
@@ -435,7 +435,7 @@ def test_a_run_with_a_validation_loss_that_is_not_finite_has_ended_and_diverged(
 def test_a_run_that_ends_no_better_than_it_began_diverged(log):
     for last, diverged in ((4.4, False), (4.5, False), (4.6, True)):
         rows = [step(1, val=4.5), step(2), step(3, val=last)]
-        log.write_text(log_text(0) + "".join(map(run.log_row, rows)) + run.log_end("n/a"))
+        log.write_text(log_text(0) + "".join(map(run.log_row, rows)) + run.log_end("n/a", "n/a"))
         found = run.read_log(log)
         assert found.vals == [4.5, last] and found.ended and not found.not_finite
         assert found.diverged == diverged, last
@@ -454,8 +454,8 @@ def test_what_is_kept_of_a_log_are_its_notes_the_evaluated_steps_and_the_last():
 
 def test_a_run_whose_last_step_was_not_evaluated_has_not_ended(log):
     rows = [step(1), step(2, val=4.5), step(3)]
-    unfinished = log_text(0) + "".join(map(run.log_row, rows)) + run.log_end("n/a")
-    for text in (unfinished, log_text(0) + run.log_end("n/a")):
+    unfinished = log_text(0) + "".join(map(run.log_row, rows)) + run.log_end("n/a", "n/a")
+    for text in (unfinished, log_text(0) + run.log_end("n/a", "n/a")):
         log.write_text(text)
         assert run.read_log(log).date == "" and not run.read_log(log).ended
         assert not run.is_finished(str(log.parent))

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data", "fp4", "tools")
 # What quartet.py may import from tools/: at its top what knows no trainer; the others only inside
 # the function that needs them.
-TOOLS_AT_THE_TOP = {"tools.run", "tools.cli", "tools.checkpoint", "tools.machine",
-                    "tools.processes"}
+TOOLS_AT_THE_TOP = {"tools.run", "tools.cli", "tools.checkpoint", "tools.cuda_graph",
+                    "tools.energy", "tools.machine", "tools.processes"}
 TOOLS_INSIDE = {"tools.ablation", "tools.report"}
 # From the bottom up: a module of the method imports only modules that stand before it.
 METHOD = [

@@ -22,7 +22,7 @@ from typing import NamedTuple, Optional
 
 from data.files import atomic_write, atomic_write_text, check
 from fp4.recipes import RECIPES
-from tools import checkpoint, machine, markdown
+from tools import checkpoint, markdown
 from tools.gaps import Gap, Pool, gaps_to, pool_of, smallest_visible
 from tools.run import NO_KERNELS, label, log_end, log_path
 
@@ -49,11 +49,12 @@ def report(runs, path):
     return body, picture
 
 
-def finish(cfg, history):
+def finish(cfg, history, spent):
     """Draw the curve of a run that is trained to its end, and say where everything is.
 
     cfg      the settings of the run
     history  its list of run.Step
+    spent    what they have taken, an energy.Spent
     """
     curve = draw_curves(os.path.join(cfg.folder, "curve.svg"), {cfg.name: [history]})
     files = [log_path(cfg.folder), curve]
@@ -63,7 +64,7 @@ def finish(cfg, history):
         files.append(checkpoint.newest_path(cfg.folder))
     # This is written last: nothing is done any more to a run that is finished.
     with open(log_path(cfg.folder), "a") as log:
-        log.write(log_end(machine.peak_memory(cfg.device)))
+        log.write(log_end(spent.memory, spent.energy))
     print(f"\n{cfg.name}: final val loss {history[-1].val:.4f}; {', '.join(files)}")
 
 

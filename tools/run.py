@@ -300,9 +300,9 @@ def log_resumed(step, changed):
     return f"# resumed {json.dumps(entry)}\n"
 
 
-def log_end(memory):
-    """The last line of a finished run's log.csv."""
-    return f"# finished {datetime.date.today()}, peak memory {memory}\n"
+def log_end(memory, energy):
+    """The last line of a finished run's log.csv; energy is in the words of energy.Spent."""
+    return f"# finished {datetime.date.today()}, peak memory {memory}, energy {energy}\n"
 
 
 def log_diverged(sentence):
@@ -444,7 +444,8 @@ def make_run(lines):
     corpus = json.loads(head.get("data", "{}"))
     check_types(config, corpus, resumed)
     history = parse_rows(lines)
-    date, _, memory = head.get("finished", "").partition(", peak memory ")
+    date, _, rest = head.get("finished", "").partition(", peak memory ")
+    memory = rest.partition(", energy ")[0]     # An older log does not say its energy.
     if not (history and history[-1].val is not None):
         date = ""                       # How good it is in the end has yet to be evaluated.
     return Run(config, head["device"], history, date, memory, corpus, resumed,

@@ -178,8 +178,8 @@ MUTANTS = [
            ABLATION + "test_a_checkpoint_can_be_discarded_at_the_end"),
     Mutant("the log does not say that the run is finished",
            "tools/report.py",
-           "log.write(log_end(machine.peak_memory(cfg.device)))",
-           "machine.peak_memory(cfg.device)",
+           "log.write(log_end(spent.memory, spent.energy))",
+           "str(spent)",
            SURVIVAL + "test_past_its_end_a_run_is_left_alone_with_a_sentence"),
 
     # The state of the code in a log.
