@@ -25,7 +25,7 @@ law: kernels matplotlib ## train a small sweep in BF16 and FP4, and fit the scal
 	$(PYTHON) -m tools.scaling collect 'out/law/*/log.csv' > out/law/runs.csv
 	$(PYTHON) -m tools.scaling fit out/law/runs.csv --picture out/law/law.svg
 
-bench: kernels ## on a GPU: times against BF16, 5 to 7 minutes; rewrites the tables of fp4/README.md
+bench: kernels nvml ## on a GPU: times against BF16, 5 to 7 minutes; rewrites the tables of fp4/README.md
 	$(PYTHON) -m tools.bench
 
 test: test-packages ## the tests, in 5 to 6 minutes on two cores
@@ -71,6 +71,11 @@ ifdef INSTALLED
 	$(PYTHON) -m pip install -q $$wheels || true; }
 endif
 
+# NVML's package tells the joules of a GPU.
+nvml: $(INSTALLED)
+	@$(PYTHON) -c "import pynvml" 2>/dev/null || $(PYTHON) -m pip install -q nvidia-ml-py || \
+	echo "bench: no nvidia-ml-py, so that no joules are measured"
+
 matplotlib: $(INSTALLED)
 	@$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
 
@@ -83,4 +88,4 @@ test-packages: matplotlib
 	echo "test: no nvdisasm, so that no machine code is checked"; fi
 
 .PHONY: help kernels train ablation law bench test test-all mutants style compile \
-        lessons sanitize blackwell-report clean nvcc matplotlib test-packages
+        lessons sanitize blackwell-report clean nvcc nvml matplotlib test-packages

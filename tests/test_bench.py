@@ -22,7 +22,7 @@ import fp4
 from fp4 import ops as fp4_ops
 from fp4.backend import Backend, select_backend
 from model import PRESETS, Preset
-from tools import bench, bench_report, machine, markdown, sanitize
+from tools import bench, bench_report, energy, machine, markdown, sanitize
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 CPU = select_backend(None)
@@ -69,8 +69,10 @@ def results():
                dict(name="everything else", ms=0.01, least_ms=None)],
         linears=[entry(*s, row, 2 * RATIO[row], IN_A_ROUND[row], CALLED_IN_A_ROUND[row])
                  for s in shapes for row in bench.ROWS],
+        idle_watts=71.4,
         steps=[dict(size=size, row=row, ms=100 * RATIO[row], ratio=IN_A_ROUND[row],
-                    tokens_per_s=8192 / RATIO[row], peak_gib=20 * RATIO[row])
+                    tokens_per_s=8192 / RATIO[row], peak_gib=20 * RATIO[row],
+                    joules=64 * RATIO[row] ** 2, watts=640 * RATIO[row], alone_ms=99 * RATIO[row])
                for size in bench.STEPS for row in bench.ROWS])
 
 
@@ -115,6 +117,29 @@ def test_a_step_has_its_ratio_of_time_and_of_memory_to_bf16(results):
     lines = {tuple(line[:2]): line[2:] for line in cells(text)}
     assert lines["800M, 16 x 512", "bf16"] == ["100.0", "1.00", "8,192", "20.00", "1.00"]
     assert lines["", "fp4"] == ["60.0", "0.62", "13,653", "12.00", "0.60"]
+
+
+def test_a_step_has_its_joules_those_of_a_token_and_their_ratio_to_bf16(results):
+    text = bench_report.energy_table(results["steps"][-len(bench.ROWS):])
+    head, _, *lines = cells(text)
+    assert head == ["step", "row", "J", "mJ a token", "/ bf16", "W", "ms, alone"]
+    lines = {tuple(line[:2]): line[2:] for line in lines}
+    assert lines["800M, 16 x 512", "bf16"] == ["64.00", "7.812", "1.00", "640", "99.0"]
+    assert lines["", "fp4"] == ["23.04", "2.812", "0.36", "384", "59.4"]
+
+
+def test_joules_that_are_not_known_are_said_to_be_so(results):
+    bf16, fp8, *_ = results["steps"]
+    del bf16["joules"]
+    fp8.update(without_times(fp8))
+    steps = [bf16, without_times(fp8), *results["steps"][2:]]
+    lines = {line[1]: line[2:] for line in cells(bench_report.energy_table(steps[:4]))}
+    assert lines["bf16"] == ["n/a", "", "", "", ""] and lines["fp8"][0] == "out of memory"
+    assert lines["fp4"][:3] == ["23.04", "11.250", ""]
+    assert "Idle, before\nany step ran, the GPU took 71 W." in bench_report.report(results)
+    results["idle_watts"] = None
+    text = bench_report.report(results)
+    assert bench_report.NO_ENERGY in text and "mJ a token" not in text
 
 
 def test_a_ratio_of_medians_of_different_rounds_is_marked(results):
@@ -232,6 +257,7 @@ def measured(results, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "kernels", lambda backend: results["kernels"])
     monkeypatch.setattr(bench, "each", lambda f, shapes, rows, backend: results[f.__name__ + "s"])
     monkeypatch.setattr(bench, "steps", lambda sizes, gemm: [results["steps"]])
+    monkeypatch.setattr(energy, "idle_watts", lambda device, seconds: results["idle_watts"])
     monkeypatch.setattr(bench, "alone", lambda shape, rows, backend: results["alone"])
     monkeypatch.setattr(bench, "clear_gpu", lambda: None)       # It imports the compiler.
     monkeypatch.setattr(bench, "where", lambda M, N, K, rate, bandwidth, backend: results["where"])
@@ -247,13 +273,14 @@ def test_a_full_run_rewrites_the_readme_and_keeps_every_number(measured, results
     assert code == 0 and text.endswith("<!-- /bench -->\nb\n")
     assert text.startswith("a\n<!-- bench -->\n`make bench` on one NVIDIA H200")
     for table in (bench_report.step_table(results["steps"]),
+                  bench_report.energy_table(results["steps"]),
                   bench_report.kernel_table(results["kernels"]),
                   bench_report.width_table(results["linears"]),
                   bench_report.alone_table(results["alone"]),
                   bench_report.where_table(results["where"])):
         assert table in text
     saved = json.loads(saved_path.read_text())
-    for part in ("gpu", "kernels", "linears", "alone", "where", "steps"):
+    for part in ("gpu", "kernels", "linears", "alone", "where", "idle_watts", "steps"):
         assert saved[part] == results[part]
     assert {"torch", "date"} < set(saved)
     assert not glob.glob(str(saved_path.parent / "*.tmp"))
@@ -841,6 +868,8 @@ def fake_steps(monkeypatch, gpu):
     monkeypatch.setattr(bench.time, "perf_counter", lambda: gpu.host / 1000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2 ** 30)
+    monkeypatch.setattr(energy, "counter", lambda device: None)
+    monkeypatch.setattr(machine, "synchronize", lambda device: gpu.synchronize())
     return control
 
 
@@ -868,6 +897,39 @@ def test_the_peak_of_memory_is_that_of_the_steps_after_compiling(fake_steps):
     bench.side_by_side([("tiny", "fp4")], "own")
     job = ("tiny", "fp4")
     assert fake_steps.log[:6] == [("prepared", job), job, job, job, "reset", job]
+
+
+@pytest.fixture
+def joules(fake_steps, gpu, monkeypatch):
+    """a counter by which the fake GPU takes 500 W; it moves every 100 ms"""
+    pause = types.SimpleNamespace(perf_counter=lambda: gpu.host / 1000,
+                                  sleep=lambda seconds: gpu.launch(1000 * seconds, 0))
+    monkeypatch.setattr(energy, "time", pause)
+    monkeypatch.setattr(energy, "counter", lambda device: lambda: 50. * (gpu.host // 100))
+
+
+def test_each_step_runs_alone_for_its_energy_after_all_have_taken_turns(fake_steps, joules):
+    times = bench.side_by_side([("tiny", "bf16"), ("tiny", "fp4")], "own")
+    for row, ms in (("bf16", 15), ("fp4", 11)):
+        assert times["tiny", row]["alone_ms"] == pytest.approx(ms)
+        assert times["tiny", row]["watts"] == pytest.approx(500)
+        assert times["tiny", row]["joules"] == pytest.approx(0.5 * ms, rel=0.01)
+    # Ten seconds of each, one after the other.
+    n_steps = {"bf16": 667, "fp4": 910}
+    alone = [job for job in fake_steps.log if job[0] == "tiny"][-sum(n_steps.values()):]
+    assert alone == n_steps["bf16"] * [("tiny", "bf16")] + n_steps["fp4"] * [("tiny", "fp4")]
+
+
+def test_a_step_whose_energy_is_known_does_not_run_alone_again(fake_steps, joules):
+    jobs = [("tiny", "bf16"), ("tiny", "fp4")]
+    times = bench.side_by_side(jobs, "own", known=[jobs[0]])
+    assert "joules" not in times[jobs[0]] and times[jobs[1]]["joules"] == pytest.approx(5.5, 0.01)
+
+
+def test_a_counter_that_stands_still_gives_a_step_no_joules(fake_steps, joules, monkeypatch):
+    monkeypatch.setattr(energy, "counter", lambda device: lambda: 50.)
+    times = bench.side_by_side([("tiny", "bf16")], "own")
+    assert set(times["tiny", "bf16"]) == {"ms", "peak_gib", "ratio"}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
@@ -912,12 +974,20 @@ def test_bf16_is_reported_as_in_its_first_group_and_other_rows_relative_to_it_in
                     ("800M", "fp4"): dict(ms=9., ratio=0.9)},
                    {("800M", "bf16"): dict(ms=20., ratio=1.),
                     ("800M", "fp4-sr"): dict(ms=19., ratio=0.95)}])
-    monkeypatch.setattr(bench, "side_by_side", lambda jobs, gemm: next(groups))
+    known = []
+
+    def side_by_side(jobs, gemm, has_joules):
+        known.append(list(has_joules))
+        return next(groups)
+
+    monkeypatch.setattr(bench, "side_by_side", side_by_side)
     after_each = list(bench.steps(["800M"], "auto"))
     assert [[e["row"] for e in entries] for entries in after_each] == [
         [], ["bf16", "fp8", "fp4"], bench.ROWS]
     assert [(e["ms"], e["ratio"]) for e in after_each[-1]] == [
         (10., 1.), (8., 0.8), (9., 0.9), (19., 0.95)]
+    # Nor is its energy measured twice.
+    assert known == [[], [("800M", row) for row in ("bf16", "fp8", "fp4")]]
 
 
 @pytest.mark.parametrize("row", bench.ROWS)

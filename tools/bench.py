@@ -64,9 +64,9 @@ from data.files import atomic_write_text
 from fp4 import ops
 from fp4.check import check
 from model import PRESETS, Llama
-from tools import machine
+from tools import energy, machine
 from tools.bench_report import (
-    ROUNDS, ROWS, SHAPES, STEP_ROUNDS, STEPS, VOCABULARY, WIDTHS, report, shape)
+    ENERGY_SECONDS, ROUNDS, ROWS, SHAPES, STEP_ROUNDS, STEPS, VOCABULARY, WIDTHS, report, shape)
 from tools.markdown import replaced
 
 FP4_FOLDER = os.path.dirname(os.path.abspath(fp4.__file__))
@@ -74,6 +74,7 @@ README = os.path.join(FP4_FOLDER, "README.md")
 RESULTS = os.path.join(FP4_FOLDER, "build", "bench.json")
 SPIN_CYCLES = 500_000                   # a third of a millisecond
 SETTLING_SECONDS = 6
+IDLE_SECONDS = 3
 # The steps that are compiled and held in memory together: 80 GB should suffice for each of these
 # groups. Every group has bf16 in it, because only what is held together can take turns.
 SIDE_BY_SIDE = [(("tiny", "30M", "100M"), ROWS), (("800M",), ("bf16", "fp8", "fp4")),
@@ -521,11 +522,32 @@ def time_step():
     return dict(ms=1000 * seconds, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
 
 
+def step_energy():
+    """What a step takes when steps run alone for some seconds, each waited for as in training;
+    nothing where the GPU does not count its joules."""
+    meter = energy.Meter("cuda")
+    if not meter.read:
+        return {}
+    n_steps = 0
+    seconds = 0
+    with meter:
+        start = time.perf_counter()
+        while seconds < ENERGY_SECONDS:
+            Held.step()
+            torch.cuda.synchronize()
+            n_steps += 1
+            seconds = time.perf_counter() - start
+    if meter.joules is None:
+        return {}
+    return dict(joules=meter.joules / n_steps, watts=meter.watts, alone_ms=1000 * seconds / n_steps)
+
+
 def ask_for_time(process): return process.submit(time_step).result()
 
 
-def side_by_side(jobs, gemm):
+def side_by_side(jobs, gemm, known=()):
     """{(size, row): times} of the jobs that fit into memory together. Rows of one size take turns.
+    Then each of them runs alone for its energy, but for those where that is known.
     """
     context = multiprocessing.get_context("spawn")
     shared = max(1, os.cpu_count() // len(jobs)), gemm
@@ -542,6 +564,8 @@ def side_by_side(jobs, gemm):
                       for other, row in fitting if other == size}
             times_of_size = medians(rounds(bursts, STEP_ROUNDS))
             all_times.update({(size, row): times for row, times in times_of_size.items()})
+        for job in [job for job in all_times if job not in known]:
+            all_times[job].update(processes[job].submit(step_energy).result())
         return all_times
 
 
@@ -550,7 +574,7 @@ def steps(sizes, gemm):
     entries = {}
     for together, rows in SIDE_BY_SIDE:
         jobs = [(size, row) for size in together if size in sizes for row in rows]
-        all_times = side_by_side(jobs, gemm) if jobs else {}
+        all_times = side_by_side(jobs, gemm, entries.keys()) if jobs else {}
         for size, row in jobs:
             if "ms" in entries.get((size, row), {}):
                 continue                # It is bf16, which each group has for its ratios.
@@ -566,7 +590,7 @@ def with_fewer_beside(job, tried, gemm):
     bf16 = (job[0], "bf16")
     for attempt in ([bf16, job], [job]):
         if len(set(attempt)) == len(attempt) < len(tried):
-            times = side_by_side(attempt, gemm).get(job)
+            times = side_by_side(attempt, gemm, {bf16} - {job}).get(job)
             if times:
                 return times
     return {}
@@ -604,6 +628,7 @@ def measure_parts(args, backend, is_full_run, results):
         yield "where", where(*SHAPES[0], max(rates), copy_bandwidth, backend)
         clear_gpu()
     if args.only in (None, "steps"):
+        yield "idle_watts", energy.idle_watts("cuda", IDLE_SECONDS)
         for entries in steps(["tiny", "30M"] if args.quick else STEPS, args.gemm):
             yield "steps", entries
 

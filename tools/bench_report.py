@@ -17,6 +17,7 @@ ROWS = ["bf16", "fp8", "fp4", "fp4-sr"]
 VOCABULARY = 32000
 ROUNDS = 24                             # of layers, products and kernels; and of training steps
 STEP_ROUNDS = 12
+ENERGY_SECONDS = 10                     # in which a step runs alone for its energy
 CLOCKS = {"": "On the GPU", "called_": "Called from Python"}    # how their names in an entry begin
 
 
@@ -122,11 +123,12 @@ def alone_table(alone):
     return table(["row", "sum, GPU", "/ bf16", "GHz"], lines)
 
 
-def step_table(steps):
-    def name(size):
-        batch, seq = STEPS[size]
-        return f"{size}, {batch} x {seq}"
+def step_name(size):
+    batch, seq = STEPS[size]
+    return f"{size}, {batch} x {seq}"
 
+
+def step_table(steps):
     def cells(entry, base):
         return [
             show(entry.get("ms"), ".1f"),
@@ -137,7 +139,25 @@ def step_table(steps):
         ]
 
     head = ["step", "row", "ms", "/ bf16", "tokens/s", "peak GiB", "/ bf16"]
-    return table_by_row(head, steps, name, cells)
+    return table_by_row(head, steps, step_name, cells)
+
+
+def energy_table(steps):
+    """What a step takes of the GPU's energy, where that is known."""
+    def cells(entry, base):
+        if "joules" not in entry:
+            return ["n/a" if "ms" in entry else "out of memory", "", "", "", ""]
+        batch, seq = STEPS[entry["size"]]
+        return [
+            f"{entry['joules']:.2f}",
+            f"{1000 * entry['joules'] / (batch * seq):.3f}",
+            ratio(entry["joules"], base.get("joules")),
+            f"{entry['watts']:.0f}",
+            f"{entry['alone_ms']:.1f}",
+        ]
+
+    head = ["step", "row", "J", "mJ a token", "/ bf16", "W", "ms, alone"]
+    return table_by_row(head, steps, step_name, cells)
 
 
 # ---- from which width on a row is faster
@@ -204,6 +224,15 @@ turns, a step at a time, in {STEP_ROUNDS} rounds; medians and ratios are made as
 ratio with ~ is that of two medians of different rounds, because both rows do not fit into memory
 together."""
 
+ABOUT_ENERGY = f"""\
+The energy of these steps, of the whole board and by its own counter. Each row ran alone for
+{ENERGY_SECONDS} seconds, each step waited for, as in training. W is the mean power. Idle, before
+any step ran, the GPU took"""
+
+NO_ENERGY = """\
+The energy of these steps is n/a: this GPU does not count its joules, or NVML's package for Python
+is missing (`pip install nvidia-ml-py`)."""
+
 ABOUT_KERNELS = """\
 The kernels at 16384 x 4096, bytes read and written; the product y = x w.T alone, the GPU's time,
 replayed from a CUDA graph. The kernels take turns, and so do the rows of a product."""
@@ -219,6 +248,7 @@ def report(results):
                             results.get("where"))
     if "steps" in results:
         parts += [ABOUT_STEPS, step_table(results["steps"])]
+        parts += report_energy(results["steps"], results["idle_watts"])
     if "kernels" in results:
         parts += [
             ABOUT_KERNELS,
@@ -226,6 +256,12 @@ def report(results):
             product_table(results["products"]),
         ]
     return "\n\n".join(parts)
+
+
+def report_energy(steps, idle_watts):
+    if idle_watts is None:
+        return [NO_ENERGY]
+    return [f"{ABOUT_ENERGY} {idle_watts:.0f} W.", energy_table(steps)]
 
 
 def report_linears(linears, alone, where):
