@@ -25,7 +25,7 @@ law: kernels matplotlib ## train a small sweep in BF16 and FP4, and fit the scal
 	$(PYTHON) -m tools.scaling collect 'out/law/*/log.csv' > out/law/runs.csv
 	$(PYTHON) -m tools.scaling fit out/law/runs.csv --picture out/law/law.svg
 
-bench: kernels nvml ## on a GPU: times against BF16, 5 to 7 minutes; rewrites the tables of fp4/README.md
+bench: kernels nvml ## on a GPU: times and joules against BF16, 10 minutes; rewrites fp4/README.md
 	$(PYTHON) -m tools.bench
 
 test: test-packages ## the tests, in 5 to 6 minutes on two cores

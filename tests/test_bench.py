@@ -260,6 +260,7 @@ def measured(results, monkeypatch, tmp_path):
     monkeypatch.setattr(energy, "idle_watts", lambda device, seconds: results["idle_watts"])
     monkeypatch.setattr(bench, "alone", lambda shape, rows, backend: results["alone"])
     monkeypatch.setattr(bench, "clear_gpu", lambda: None)       # It imports the compiler.
+    monkeypatch.setattr(bench, "program", lambda name, *argv: 0)
     monkeypatch.setattr(bench, "where", lambda M, N, K, rate, bandwidth, backend: results["where"])
     monkeypatch.setattr(bench, "README", str(tmp_path / "README.md"))
     monkeypatch.setattr(bench, "RESULTS", str(tmp_path / "bench.json"))

@@ -9,7 +9,7 @@ import torch
 
 from data.files import UserError
 from model import Llama
-from tools import bench, bench_scaling, cli, machine, markdown, processes
+from tools import bench, bench_rows, bench_scaling, cli, machine, markdown, processes
 from tools.bench_report import VOCABULARY
 from tools.bench_scaling import LOADS, ONE
 
@@ -468,15 +468,19 @@ def test_the_readme_of_the_method_has_the_markers_behind_its_text():
 
 # ---- the hook of make bench
 
-@pytest.mark.parametrize("n_gpus, calls", [(0, []), (1, []), (2, [("--write",)])])
-def test_a_full_run_of_bench_measures_several_gpus_at_the_end(monkeypatch, tmp_path, n_gpus, calls):
+@pytest.mark.parametrize("n_gpus, calls", [(0, ["rows"]), (1, ["rows"]), (2, ["rows", "scaling"])])
+def test_a_full_run_of_bench_measures_rows_and_several_gpus_at_the_end(
+        monkeypatch, tmp_path, n_gpus, calls):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench -->\n<!-- /bench -->\n")
     seen = []
 
-    def scaling(argv):
-        assert "new" in readme.read_text()
-        seen.append(argv)
+    def program(name):
+        def main(argv):
+            assert argv == () or argv == ("--write",) and "new" in readme.read_text()
+            seen.append(name if argv else f"{name}, printed")
+            return codes[name]
+        return main
 
     monkeypatch.setattr(bench, "README", str(readme))
     monkeypatch.setattr(bench, "load_kernels", lambda gemm: None)
@@ -484,16 +488,22 @@ def test_a_full_run_of_bench_measures_several_gpus_at_the_end(monkeypatch, tmp_p
     monkeypatch.setattr(bench, "report", lambda results: "new")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
-    monkeypatch.setattr(bench_scaling, "main", scaling)
+    monkeypatch.setattr(bench_rows, "main", program("rows"))
+    monkeypatch.setattr(bench_scaling, "main", program("scaling"))
+    codes = dict(rows=None, scaling=None)
     assert bench.main([]) == 0 and seen == calls
     assert bench.main(["--only", "steps"]) == 0 and seen == calls
-    assert bench.main(["--only", "scaling"]) == 0 and seen == [*calls, ()]
+    for name in bench.PROGRAMS:
+        assert bench.main(["--only", name]) == 0 and seen.pop() == f"{name}, printed"
+    codes["rows"] = 2                   # What follows is measured all the same.
+    assert bench.main([]) == 2 and seen == 2 * calls
 
 
 @pytest.mark.parametrize("argv", [["--quick"], ["--gemm", "bf16"]], ids=["quick", "gemm"])
-def test_only_scaling_takes_no_flag_that_means_nothing_to_it(argv):
-    with pytest.raises(UserError, match="--only scaling takes neither --quick nor --gemm"):
-        bench.parse(["--only", "scaling", *argv])
+@pytest.mark.parametrize("name", bench.PROGRAMS)
+def test_a_program_of_its_own_takes_no_flag_that_means_nothing_to_it(name, argv):
+    with pytest.raises(UserError, match=f"--only {name} takes neither --quick nor --gemm"):
+        bench.parse(["--only", name, *argv])
 
 
 # ---- tables

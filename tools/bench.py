@@ -3,7 +3,8 @@ How fast kernels, linear layers and whole training steps are on this GPU, agains
 the same run; and, where there are several GPUs, how training scales with their number.
 
     make bench                              # everything; rewrites the tables of fp4/README.md
-    python -m tools.bench --only linears    # kernels | linears | steps | scaling; prints only
+    python -m tools.bench --only linears    # kernels | linears | steps; prints only
+    python -m tools.bench --only rows       # rows | scaling: a program of its own; prints only
     python -m tools.bench --quick           # fewer shapes; prints only
     python -m tools.bench --gemm bf16       # with another product than this GPU's; prints only
 
@@ -20,13 +21,15 @@ measured a minute later is measured on another card. Everything that is compared
 memory at once, and takes turns (rounds, below). A time is the median over the rounds, and a ratio
 the median of the ratio to BF16 in the same round. One layer is also timed without turns.
 
-All this is done on the first GPU. bench_scaling.py then measures several, if there are more.
+All this is done on the first GPU. Then bench_rows.py measures a step of every row of the table of
+precisions, and bench_scaling.py several GPUs, if there are more.
 """
 import concurrent.futures
 import contextlib
 import datetime
 import functools
 import gc
+import importlib
 import io
 import itertools
 import json
@@ -40,16 +43,19 @@ import time
 from tools import cli
 
 
+PROGRAMS = ("rows", "scaling")          # bench_rows.py, bench_scaling.py
+
+
 def parse(argv):
     parser = cli.Parser("python -m tools.bench", __doc__)
-    parser.add_argument("--only", choices=("kernels", "linears", "steps", "scaling"),
+    parser.add_argument("--only", choices=("kernels", "linears", "steps", *PROGRAMS),
                         help="measure this part and print it")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, printed")
     parser.add_argument("--gemm", default="auto",
                         help="which product FP4 runs on (fp4/backend.py); printed unless auto")
     args = parser.parse_args(argv)
-    if args.only == "scaling" and (args.quick or args.gemm != "auto"):
-        parser.error("--only scaling takes neither --quick nor --gemm")
+    if args.only in PROGRAMS and (args.quick or args.gemm != "auto"):
+        parser.error(f"--only {args.only} takes neither --quick nor --gemm")
     return args
 
 
@@ -60,14 +66,14 @@ if __name__ == "__main__":
 import torch
 
 import fp4
-from data.files import atomic_write_text
+from data.files import UserError, atomic_write_text
 from fp4 import ops
 from fp4.check import check
 from model import PRESETS, Llama
 from tools import energy, machine
 from tools.bench_report import (
     ENERGY_SECONDS, ROUNDS, ROWS, SHAPES, STEP_ROUNDS, STEPS, VOCABULARY, WIDTHS, report, shape)
-from tools.markdown import replaced
+from tools.markdown import rewrite
 
 FP4_FOLDER = os.path.dirname(os.path.abspath(fp4.__file__))
 README = os.path.join(FP4_FOLDER, "README.md")
@@ -477,13 +483,20 @@ def start_process(cores, gemm):
         Held.backend = fp4.build(gemm)          # The first process has said what runs.
 
 
+def recipe_of(row):
+    """The recipe of a row as quartet.py's command line has it, such as "fp4 --scale mse"."""
+    precision, *words = row.split()
+    axes = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2])}
+    return fp4.recipe(precision, **axes)
+
+
 def training_step(size, row, batch, seq, backend):
     """Forward, backward, clip, AdamW and quantisation of the weights as one function, as in
     quartet.py."""
     preset = PRESETS[size]
     with torch.device("cuda"):
         config = preset.model_config(VOCABULARY, seq)
-        model = Llama(config, fp4.recipe(row), torch.bfloat16, backend=backend)
+        model = Llama(config, recipe_of(row), torch.bfloat16, backend=backend)
         batches = Rotating(torch.randint(VOCABULARY, (4, 2, batch, seq)).unbind())
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.lr, betas=(0.9, 0.95),
                                   weight_decay=0.1, fused=True)
@@ -502,13 +515,18 @@ def training_step(size, row, batch, seq, backend):
 
 
 def prepare_step(size, row):
+    """Makes and compiles a step; returns the seconds until the first one is done."""
+    start = time.perf_counter()
     step = training_step(size, row, *STEPS[size], Held.backend)
-    for _ in range(3):
+    step()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    for _ in range(2):
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     Held.step = step
-    return True
+    return seconds
 
 
 def time_step():
@@ -641,16 +659,16 @@ def load_kernels(gemm):
     return backend
 
 
-def scaling(*argv):
-    """Does what python -m tools.bench_scaling does; returns its exit code."""
-    from tools import bench_scaling     # It imports the trainer.
-    return cli.run(bench_scaling.main, argv, "bench", go_on="")
+def program(name, *argv):
+    """Does what python -m tools.bench_NAME does; returns its exit code."""
+    module = importlib.import_module(f"tools.bench_{name}")     # They import this one.
+    return cli.run(module.main, argv, "bench", go_on="")
 
 
 def main(argv):
     args = parse(argv)
-    if args.only == "scaling":
-        return scaling()
+    if args.only in PROGRAMS:
+        return program(args.only)
     try:
         backend = load_kernels(args.gemm)
     except ValueError as reason:        # or the GPU does not have this product
@@ -671,13 +689,12 @@ def main(argv):
     if not is_full_run:
         return 0
     try:
-        with open(README) as file:
-            text = replaced(file.read(), report(results), "bench")
-    except ValueError as error:
-        log(f"bench: {os.path.basename(README)} is as it was, because {error}")
+        rewrite(README, report(results), "bench")
+    except UserError as error:
+        log("bench:", error)
         return 2
-    atomic_write_text(README, text)
-    return scaling("--write") if torch.cuda.device_count() > 1 else 0
+    names = PROGRAMS if torch.cuda.device_count() > 1 else ["rows"]
+    return max([program(name, "--write") for name in names])
 
 
 if __name__ == "__main__":

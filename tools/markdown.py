@@ -1,5 +1,8 @@
 """Markdown tables and lists, and what rewrites the part of a README between two markers."""
+import os
 import textwrap
+
+from data.files import UserError, atomic_write_text
 
 
 def table(head, lines):
@@ -43,3 +46,15 @@ def replaced(text, body, name):
         raise ValueError(f"it needs one {start} and, below it, one {stop}")
     before = text[:text.index(start) + len(start)]
     return f"{before}\n{body}\n{text[text.index(stop):]}"
+
+
+def rewrite(path, body, name):
+    """Puts body between the markers of a file, as replaced() does. Raises UserError, with a
+    sentence, if they are not there; then the file is as it was."""
+    with open(path) as file:
+        text = file.read()
+    try:
+        text = replaced(text, body, name)
+    except ValueError as error:
+        raise UserError(f"{os.path.basename(path)} is as it was, because {error}")
+    atomic_write_text(path, text)

@@ -17,7 +17,7 @@ WHY = T + "test_why_a_torchrun_failed_is_what_its_processes_said_last"
 RESUME = T + "test_resume_measures_what_is_missing_or_has_failed_today"
 SPEED = T + "test_the_speed_table_has_tokens_a_second_efficiency_and_memory"
 SENT = T + "test_the_table_of_what_is_sent_has_a_row_s_gathers_as_a_share_of_bf16_s"
-HOOK = T + "test_a_full_run_of_bench_measures_several_gpus_at_the_end"
+HOOK = T + "test_a_full_run_of_bench_measures_rows_and_several_gpus_at_the_end"
 
 MUTANTS = [
     # ---- which cells there are
@@ -181,12 +181,22 @@ MUTANTS = [
     # ---- the hook of make bench
     Mutant("make bench measures several GPUs where there is one",
            BENCH,
-           "torch.cuda.device_count() > 1 else 0",
-           "torch.cuda.device_count() > 0 else 0",
+           "torch.cuda.device_count() > 1 else",
+           "torch.cuda.device_count() > 0 else",
            HOOK),
     Mutant("--only scaling rewrites the README",
            BENCH,
-           "        return scaling()\n",
-           '        return scaling("--write")\n',
+           "return program(args.only)",
+           'return program(args.only, "--write")',
+           HOOK),
+    Mutant("a part that fails keeps others from being measured",
+           BENCH,
+           'max([program(name, "--write") for name in names])',
+           'next(filter(None, (program(name, "--write") for name in names)), 0)',
+           HOOK),
+    Mutant("make bench leaves out the table of all rows",
+           BENCH,
+           'else ["rows"]\n',
+           'else ["scaling"]\n',
            HOOK),
 ]
