@@ -4,7 +4,7 @@ the same run; and, where there are several GPUs, how training scales with their 
 
     make bench                              # everything; rewrites the tables of fp4/README.md
     python -m tools.bench --only linears    # kernels | linears | steps; prints only
-    python -m tools.bench --only rows       # rows | scaling: a program of its own; prints only
+    python -m tools.bench --only rows       # rows | others | scaling: a program of its own
     python -m tools.bench --quick           # fewer shapes; prints only
     python -m tools.bench --gemm bf16       # with another product than this GPU's; prints only
 
@@ -22,7 +22,8 @@ memory at once, and takes turns (rounds, below). A time is the median over the r
 the median of the ratio to BF16 in the same round. One layer is also timed without turns.
 
 All this is done on the first GPU. Then bench_rows.py measures a step of every row of the table of
-precisions, and bench_scaling.py several GPUs, if there are more.
+precisions, and bench_scaling.py several GPUs, if there are more. What bench_others.py measures,
+layers of another library, is not a part of `make bench`.
 """
 import concurrent.futures
 import contextlib
@@ -43,7 +44,7 @@ import time
 from tools import cli
 
 
-PROGRAMS = ("rows", "scaling")          # bench_rows.py, bench_scaling.py
+PROGRAMS = ("rows", "others", "scaling")        # bench_rows.py, bench_others.py ...
 
 
 def parse(argv):
@@ -329,9 +330,14 @@ def product(M, N, K, row, backend):
 # ---- linears
 
 def layer_and_inputs(M, N, K, row, backend):
-    """A compiled layer, its forward and backward pass in one function, and pairs (x, dy)."""
+    """What with_inputs() returns, of the layer of a row."""
     layer = fp4.Linear(K, N, fp4.recipe(row), backend=backend).cuda()
     fp4.quantize_weights(layer)         # as in training, before the first microbatch
+    return with_inputs(layer, M, N, K)
+
+
+def with_inputs(layer, M, N, K):
+    """A layer, compiled, its forward and backward pass in one function, and pairs (x, dy)."""
     run = torch.compile(layer, fullgraph=True, dynamic=False)
     n_pairs = inputs_beyond_cache(2 * M * (K + N))
     pairs = [(random_bf16(M, K).requires_grad_(), random_bf16(M, N)) for _ in range(n_pairs)]
@@ -693,7 +699,7 @@ def main(argv):
     except UserError as error:
         log("bench:", error)
         return 2
-    names = PROGRAMS if torch.cuda.device_count() > 1 else ["rows"]
+    names = ["rows", "scaling"] if torch.cuda.device_count() > 1 else ["rows"]
     return max([program(name, "--write") for name in names])
 
 
