@@ -1003,11 +1003,13 @@ def test_what_make_bench_writes_is_what_is_read(tmp_path, monkeypatch):
         "product": lambda *_: [lambda: dict(ms=1.)],
         "linear": fake_linear,
         "steps": fake_steps,
+        "program": lambda *_: 0,
         "report": str,
         "RESULTS": str(tmp_path / "bench.json"),
         "README": str(tmp_path / "README.md"),
     }.items():
         monkeypatch.setattr(writer, name, value)
+    monkeypatch.setattr(writer.energy, "idle_watts", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
