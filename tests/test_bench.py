@@ -933,6 +933,22 @@ def test_a_counter_that_stands_still_gives_a_step_no_joules(fake_steps, joules, 
     assert set(times["tiny", "bf16"]) == {"ms", "peak_gib", "ratio"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_step_of_more_work_takes_more_joules(monkeypatch):
+    if energy.counter("cuda") is None:
+        pytest.skip("no counter: pip install nvidia-ml-py")
+    monkeypatch.setattr(bench, "ENERGY_SECONDS", 2)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for n_products in (10, 20):
+        monkeypatch.setattr(bench.Held, "step", lambda: [a @ a for _ in range(n_products)])
+        found.append(bench.step_energy())
+    one, two = found
+    assert 1.7 < two["joules"] / one["joules"] < 2.3
+    # What is not measured in the 2 seconds is the time until the counter moves.
+    assert one["watts"] == pytest.approx(1000 * one["joules"] / one["alone_ms"], rel=0.1)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_step_that_does_not_fit_is_tried_beside_bf16_and_then_alone(fake_steps, limit):
     fake_steps.fits = lambda held, job: len(held) < limit

@@ -213,3 +213,6 @@ def test_on_a_gpu_torchao_s_recipes_run_where_it_is_installed():
         pytest.skip("needs torchao and a Hopper")
     rows, problems = bench_others.usable_torchao()
     assert rows == list(TORCHAO) and problems == []
+    for row in rows:
+        [measure] = bench_others.layer(1024, 512, 256, row, CPU)
+        assert 0 < measure()["ms"] < 100

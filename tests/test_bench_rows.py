@@ -181,6 +181,16 @@ def test_a_real_process_says_why_it_fails_and_is_killed_when_it_takes_too_long()
             process.take_turn()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_group_is_compiled_and_takes_turns(monkeypatch):
+    monkeypatch.setattr(bench_rows, "TURNS", 2)
+    entries = bench_rows.measure_group(["bf16", "fp4", "fp4 --scale mse"])
+    for entry in entries.values():
+        assert set(entry) == {"first_s", "ms", "ratio", "peak_gib"}, entries
+        assert 0.5 < entry["ratio"] < 10 and 1 < entry["peak_gib"] < 40 and entry["first_s"] > 1
+
+
 # ---- all groups
 
 def test_every_row_and_variant_is_in_one_group_and_bf16_in_all():

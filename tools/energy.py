@@ -1,9 +1,9 @@
 """
 The energy that GPUs take, in joules, by their own counters.
 
-From Volta on, NVIDIA's data centre GPUs count the millijoules that the whole board takes, memory
-included, whoever makes it work. NVML, a part of the driver, reads that counter. Older GPUs, WSL and
-most virtual machines have none; nor is anything read without NVML's package for Python:
+From Volta on, NVIDIA's GPUs count the millijoules that the whole board takes, memory included,
+whoever makes it work. NVML, a part of the driver, reads that counter. Older GPUs, WSL and most
+virtual machines have none; nor is anything read without NVML's package for Python:
 
     pip install nvidia-ml-py
 
