@@ -583,7 +583,7 @@ def test_what_makes_another_model_may_neither_change_nor_be_passed_over():
     assert settings - {*run.MAY_CHANGE, *run.NOT_IDENTITY} == {
         "precision", *AXES, "keep_first", "keep_last", "size", "seq", "batch", "seed", "dtype"}
     # What only says how fast, on what and how often looked at makes two runs comparable.
-    assert set(run.HARMLESS) == {"micro", "compile", "device", "gemm", "eval_every"}
+    assert set(run.HARMLESS) == {"micro", "compile", "replay", "device", "gemm", "eval_every"}
 
 
 # ---- one process at a time
