@@ -25,7 +25,7 @@ WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-run
 FIRST_CUDA_WITH_WHEELS = 13             # The package for CUDA 12 holds only a part of nvcc.
 
 # A fused multiply-add would round differently from the definition.
-CXX_FLAGS = ("-O3", "-march=native", "-ffp-contract=off")
+CXX_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp-simd")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 # -L. is for a link that environment() puts into the folder. A compiler may link the C++ library
 # statically. Its symbols must not be seen by torch's own copy then: the two would share parts of

@@ -529,6 +529,25 @@ def test_an_op_takes_no_matrix_it_would_misread():
         ops.quantize_forward(x.T, "floor")
     with pytest.raises(RuntimeError, match="mask"):
         ops.unrotate(x, torch.zeros(64, 3, dtype=torch.int32), torch.float32)
+    a = random_packed(64, 32)
+    b = random_packed(96, 32)
+    with pytest.raises(RuntimeError, match="mask"):
+        ops.gemm_unrotate(a, b, torch.zeros(64, 2, dtype=torch.int32), 1.0, torch.float32)
+
+
+@pytest.mark.parametrize("M, K", [(0, 64), (64, 0)])
+def test_an_empty_matrix_is_quantised_to_an_empty_one(M, K):
+    x = torch.empty(M, K)
+    signs = torch.zeros(1, dtype=torch.int64)
+    seeds = torch.zeros(2, dtype=torch.int64)
+    packed, mask = ops.quantize_forward(x, "floor")
+    same([*packed, mask], reference.quantize_forward(x, "floor"))
+    got = ops.quantize_backward(x, signs, seeds, False, "before", "before", "packed")
+    for quantized, shape in zip(got, [(M, K), (K, M)]):
+        assert quantized.codes.shape == (shape[0], shape[1] // 2)
+    transposed = ops.requantize_transposed(packed, signs, seeds[:1], False, "before", "packed")
+    assert transposed.codes.shape == (K, M // 2)
+    assert torch.equal(ops.gemm(packed, packed, 1.0, torch.float32), torch.zeros(M, M))
 
 
 @pytest.mark.parametrize("device", DEVICES)

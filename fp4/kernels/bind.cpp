@@ -1,13 +1,14 @@
 /*
 The compiled operations of torch.ops.fp4: each checks its arguments, allocates its results, and
 calls the kernel for the device of its tensors. Their schemas and their versions in Python are in
-fp4/ops.py. The operations that only a GPU with a product of our own has are in bind_gemm.h.
+fp4/ops.py. Products are in bind_cpu.h, and those of GPUs that have one of our own in bind_gemm.h.
 
 They are written against torch's stable ABI (torch/csrc/stable), which compiles in seconds and needs
 nothing but the CPU's wheel of torch. No argument is a string, because that ABI leaks every string
 that crosses it. A setting is the number of a word; fp4/ops.py has the words.
 */
 #include <tuple>
+#include "bind_cpu.h"
 #include "bind_gemm.h"
 #include "bind_tensors.h"
 
@@ -130,13 +131,9 @@ Tensor dequantize(const Tensor& codes, const Tensor& scales, ScalarType dtype) {
 
 Tensor unrotate(const Tensor& d, const Tensor& mask, ScalarType dtype) {
   check_blocks(d);
-  check_tensor(mask, "mask", 2, ScalarType::Int);
-  check_same_device(d, mask, "mask");
   const int64_t M = d.size(0);
   const int64_t K = d.size(1);
-  CHECK(
-      mask.size(0) == M && 32 * mask.size(1) == K,
-      "mask [M, K/32] does not match d [M, K]");
+  check_mask(mask, d, M, K);
   Tensor x = new_matrix(d, M, K, dtype);
   const Device device(d);
   device.ops->unrotate(
@@ -149,29 +146,7 @@ Tensor unrotate(const Tensor& d, const Tensor& mask, ScalarType dtype) {
   return x;
 }
 
-// ---- the operations of one kind of device
-
-// a [M, K] and b [N, K], both packed -> alpha * a @ b.T [M, N] on a CPU. The operands are exact in
-// float32, and torch's library multiplies them.
-Tensor gemm_cpu(
-    const Tensor& a,
-    const Tensor& a_scales,
-    const Tensor& b,
-    const Tensor& b_scales,
-    double alpha,
-    ScalarType dtype) {
-  check_packed(a, a_scales);
-  check_right_operand(b, b_scales, a, 2 * a.size(1));
-  Tensor a_values = dequantize(a, a_scales, ScalarType::Float);
-  Tensor b_values = dequantize(b, b_scales, ScalarType::Float);
-  Tensor b_transposed = torch::stable::transpose(b_values, 0, 1);
-  Tensor product = torch::stable::matmul(a_values, b_transposed);
-  if (alpha == 1 && dtype == ScalarType::Float)
-    return product;
-  Tensor out = new_matrix(product, product.size(0), product.size(1), dtype);
-  scale_values(floats(product), product.numel(), float(alpha), float_matrix(out));
-  return out;
-}
+// ---- an operation of GPUs alone
 
 #ifdef USE_CUDA
 // A packed matrix [M, K] -> E4M3 [M, K] and one float32 scale a row [M, 1], which includes alpha.
@@ -215,6 +190,7 @@ void register_common(Library& library) {
 STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, library) {
   register_common(library);
   library.impl("gemm", TORCH_BOX(&gemm_cpu));
+  library.impl("gemm_unrotate", TORCH_BOX(&gemm_unrotate_cpu));
 }
 
 #ifdef USE_CUDA

@@ -104,6 +104,14 @@ void check_right_operand(const Tensor& b, const Tensor& b_scales, const Tensor& 
       "the products' inner dimensions differ: ", K, " and ", 2 * b.size(1));
 }
 
+void check_mask(const Tensor& mask, const Tensor& x, int64_t M, int64_t K) {
+  check_tensor(mask, "mask", 2, ScalarType::Int);
+  check_same_device(x, mask, "mask");
+  CHECK(
+      mask.size(0) == M && 32 * mask.size(1) == K,
+      "mask [M, K/32] does not match d [M, K]");
+}
+
 // t holds the n sign words or the n seeds with which x is quantised.
 void check_random(const Tensor& x, const Tensor& t, const char* name, int64_t n) {
   check_tensor(t, name, 1, ScalarType::Long);

@@ -134,6 +134,26 @@ extern const OpTable cuda_ops;
 
 // ---- CPU only (cpu.cpp)
 
+// Unpacks `rows` rows and `columns` columns, both from the given ones on, of a packed matrix.
+void dequantize_tile(
+    const uint8_t* codes,   // [M, K/2]
+    const uint8_t* scales,  // [M, K/32]
+    int64_t K,
+    int64_t first_row,
+    int64_t first_column,  // a multiple of 32, as is `columns`
+    int64_t rows,
+    int64_t columns,
+    float* x);  // [rows, columns]
+
+// Unrotates alpha * d. x may be d itself, if both are of one type.
+void unrotate_product(
+    FloatMatrix d,  // [M, K]
+    float alpha,
+    const int32_t* mask,  // [M, K/32]
+    int64_t M,
+    int64_t K,
+    FloatMatrix x);  // [M, K]
+
 // out = alpha * c
 void scale_values(
     const float* c,  // [n]
