@@ -65,7 +65,8 @@ def gaussian_error(spec, n_sigmas=16, rows=512, columns=1024):
     Both are means over n_sigmas standard deviations, which are spread over one octave.
     """
     import torch                    # here, so that --help answers without it
-    from fp4.emulate.matmul import Operand, pad_to_blocks, quantize_operands, rotate_for
+    from fp4.emulate.columns import pad_to_blocks, rotate_for
+    from fp4.emulate.matmul import Operand, quantize_operands
 
     error = 0.
     misalignment = 0.

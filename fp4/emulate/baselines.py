@@ -16,8 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from . import fp8
-from .matmul import METHODS, cast, rotate, scaled_matmul, uniform
-from .quantizers import E2M1, INT4, Grid, block_max, join_blocks, split_blocks, to_grid, total
+from .matmul import METHODS, cast, lib, scaled_matmul
+from .quantizers import E2M1, INT4, Grid, block_max, join_blocks, split_blocks, to_grid
+
+# Random numbers of [0, 1): an op for the reasons that fp4::words of matmul.py is one.
+lib.define("uniform(Tensor dy, Tensor x, int n) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
+
+def draw_uniform(dy, x, n): return torch.rand(n, device=dy.device)
+def uniform_shape(dy, x, n): return dy.new_empty(n, dtype=torch.float32)
+
+lib.impl("uniform", draw_uniform, "CompositeExplicitAutograd")
+torch.library.register_fake("fp4::uniform", uniform_shape, lib=lib)
+uniform = torch.ops.fp4.uniform
 
 
 class Scaled(NamedTuple):
@@ -35,9 +45,30 @@ def quantize_tensor(v, grid, scale, dtype, noise=None):
 def nonzero(scale): return torch.where(scale == 0, 1., scale)
 def absmax(v): return v.abs().amax().float()
 
-# These sum in float64, for the reason that quantizers.total has.
+# These sum in float64 and round to float32, where the order in which a compiler adds cannot be seen
+# any more.
+def total(v): return v.double().sum().float()
 def mean(v): return v.double().mean().float()
 def row_norms(v): return v.double().square().sum(1).sqrt().float()
+
+
+def hadamard_matrix(n, device):
+    """Returns the orthogonal Hadamard matrix [n, n] for a power of two n, at most 2**16.
+
+    Entry (i, j) is negative where i & j has an odd number of ones. A product with it is what
+    torch.compile and a GPU do fast, for any n; columns.rotate has a butterfly instead, whose order
+    of sums is fixed.
+    """
+    i = torch.arange(n, device=device)
+    parity = i[:, None] & i
+    for shift in (8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return (1 - 2 * (parity & 1)) * n ** -.5
+
+
+def rotate(v, n):
+    """Multiplies each n neighbours along the last axis of v by the Hadamard matrix."""
+    return (v.float().unflatten(-1, (-1, n)) @ hadamard_matrix(n, v.device)).flatten(-2)
 
 
 # ---- LUQ: logarithmic unbiased quantisation (Chmiel et al., 2112.10769)

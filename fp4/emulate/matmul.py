@@ -32,163 +32,102 @@ to bfloat16 once, as it is in any BF16 training.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..recipes import GemmSpec
-from .quantizers import BLOCK_SIZE, quantize
+from . import columns
+from .columns import SIGN_WORDS, pad_to_blocks, rotate_for
 
-MAX_ROTATION = 128          # signs are drawn for the longest rotation; a shorter one uses the first
-
-# One draw makes all the random numbers of a call. It is an op of its own because torch.compile
-# would otherwise draw anew in each consumer of the numbers, and the two operands of a product
-# would get different signs. `dy` keeps the call in the backward pass. `x` is not read: it differs
-# from layer to layer, and that keeps torch.compile from merging the calls of two layers with the
-# same dy.
+# One draw makes all the random words of a call. It is an op of its own because torch.compile would
+# otherwise draw anew in each consumer of the numbers, and the two operands of a product would get
+# different signs. `dy` keeps the call in the backward pass. `x` is not read: it differs from layer
+# to layer, and that keeps torch.compile from merging the calls of two layers with the same dy.
 lib = torch.library.Library("fp4", "FRAGMENT")
-lib.define("uniform(Tensor dy, Tensor x, int n) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
+lib.define("words(Tensor dy, Tensor x, int n) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
-def draw_uniform(dy, x, n): return torch.rand(n, device=dy.device)
-def uniform_shape(dy, x, n): return dy.new_empty(n, dtype=torch.float32)
+def draw_words(dy, x, n): return torch.randint(-2 ** 63, 2 ** 63 - 1, (n,), device=dy.device)
+def words_shape(dy, x, n): return dy.new_empty(n, dtype=torch.int64)
 
-lib.impl("uniform", draw_uniform, "CompositeExplicitAutograd")
-torch.library.register_fake("fp4::uniform", uniform_shape, lib=lib)
-uniform = torch.ops.fp4.uniform
+lib.impl("words", draw_words, "CompositeExplicitAutograd")
+torch.library.register_fake("fp4::words", words_shape, lib=lib)
+words = torch.ops.fp4.words
 
 
 class Operand(NamedTuple):
-    """A matrix on its way into a product, to be quantised along its last axis."""
-    values: torch.Tensor            # [R, K]
-    spec: GemmSpec | None           # how; None leaves the values as they are
-    square: bool = False            # blocks are squares, not stretches of one row
+    """A matrix in memory, to be quantised along its rows, or along its columns if transposed."""
+    matrix: torch.Tensor
+    spec: GemmSpec | None               # how; None leaves the values as they are
+    transposed: bool = False            # the operand is matrix.T
+    factor: torch.Tensor | None = None  # float32 [1, 1] or [rows of matrix, 1]: times this
+    square: bool = False                # blocks are squares, not stretches of one row
 
 
 class Quantized(NamedTuple):
     """A rotated and quantised matrix: it is approximately values * factor."""
     values: torch.Tensor            # [R, K padded], in the dtype of the activations
     factor: torch.Tensor            # float32 [1, 1] or [R, 1]
-    mask: torch.Tensor | None       # bool [R, K padded]: what did not clip; None: all passes
+    mask: torch.Tensor              # int32 [R, K padded / 32], a bit for what did not clip; or [0]
 
 
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass."""
     x_values: torch.Tensor          # the three fields of Quantized, for x ...
     x_factor: torch.Tensor
-    x_mask: torch.Tensor | None
+    x_mask: torch.Tensor
     w_values: torch.Tensor          # ... and for w
     w_factor: torch.Tensor
-    w_mask: torch.Tensor | None
+    w_mask: torch.Tensor
     signs: torch.Tensor | None      # those of the rotation R
     x: torch.Tensor | None          # unquantised; None where wgrad has no use for it
     w: torch.Tensor
 
 
-# ---- rotations
-
-def hadamard_matrix(n, device):
-    """Returns the orthogonal Hadamard matrix [n, n] for a power of two n, at most 2**16.
-
-    Entry (i, j) is negative where i & j has an odd number of ones. reference.py rotates by a
-    butterfly, whose order of sums is fixed so that kernels can equal it bit for bit. A product with
-    this matrix equals that up to rounding, and is what torch.compile and a GPU do fast, for any n.
-    """
-    i = torch.arange(n, device=device)
-    parity = i[:, None] & i
-    for shift in (8, 4, 2, 1):
-        parity = parity ^ (parity >> shift)
-    return (1 - 2 * (parity & 1)) * n ** -.5
-
-
-def rotate(v, n, signs=None, signs_after=False):
-    """Rotates each n neighbours along the last axis of v; n = 0 returns v itself.
-
-    signs [n] are multiplied in before the Hadamard matrix or after it. The Hadamard matrix is its
-    own inverse, so that the same signs on the other side undo the rotation.
-    """
-    if n == 0:
-        return v
-    v = v.float().unflatten(-1, (-1, n))
-    if signs is not None and not signs_after:
-        v = v * signs
-    v = v @ hadamard_matrix(n, v.device)
-    if signs is not None and signs_after:
-        v = v * signs
-    return v.flatten(-2)
-
-
-def rotate_for(v, spec, signs, undo=False):
-    """Rotates v as spec says, or undoes that. signs [MAX_ROTATION], or None where spec has none."""
-    if spec.signs == "none":
-        return rotate(v, spec.rotation)
-    signs_after = spec.signs == "after"
-    if undo:
-        signs_after = not signs_after
-    return rotate(v, spec.rotation, signs[:spec.rotation], signs_after)
-
-
 # ---- from matrices to operands of a product
-
-def pad_to_blocks(v, spec):
-    """Appends zeros to the last axis until it holds whole blocks and whole rotations."""
-    unit = max(spec.rotation, BLOCK_SIZE[spec.format])
-    return F.pad(v, (0, -v.shape[-1] % unit))
-
 
 def quantize_operands(dy, nonce, operands):
     """Rotates and quantises the operands of a forward pass, or those of both gradients.
 
     operands        a list of Operand
-    dy, nonce       the arguments of fp4::uniform. The results get dy's dtype. In the forward pass
+    dy, nonce       the arguments of fp4::words. The results get dy's dtype. In the forward pass
                     these are x and w
-    returns         a Quantized for each operand, and the signs [MAX_ROTATION], or None if there
-                    are none
+    returns         a Quantized for each operand, and the signs int64 [2], or None if there are none
 
     All operands share one draw. The two of a product must share their signs in any case, or their
     rotations would not cancel.
     """
-    operands = [pad_operand(operand) for operand in operands]
-    signs, noises = draw_signs_and_noise(dy, nonce, operands)
+    signs, seeds = draw_signs_and_seeds(dy, nonce, [operand.spec for operand in operands])
     results = []
-    for operand, noise in zip(operands, noises):
-        results.append(quantize_operand(operand, signs, noise, dy.dtype))
+    for operand, seed in zip(operands, seeds):
+        results.append(quantize_operand(operand, signs, seed, dy.dtype))
     return results, signs
 
 
-def pad_operand(operand):
-    if operand.spec is None:
-        return operand
-    return operand._replace(values=pad_to_blocks(operand.values, operand.spec))
+def quantize_operand(operand, signs, seed, dtype):
+    if operand.spec is not None:
+        return Quantized(*columns.quantize_operand(*operand, signs, seed, dtype))
+    v = operand.matrix.to(dtype)
+    if operand.factor is not None:
+        v = (operand.matrix * operand.factor).to(dtype)
+    return as_it_is(v.T if operand.transposed else v)
 
 
-def quantize_operand(operand, signs, noise, dtype):
-    v, spec, square = operand
-    if spec is None:
-        factor = torch.ones(1, 1, dtype=torch.float32, device=v.device)
-        return Quantized(v.to(dtype), factor, None)
-    rotated = rotate_for(v, spec, signs).float()
-    values, factor, mask = quantize(rotated, spec, noise, square)
-    return Quantized(values.to(dtype), factor, mask)
+def as_it_is(v):
+    factor = torch.ones(1, 1, dtype=torch.float32, device=v.device)
+    return Quantized(v, factor, torch.empty(0, dtype=torch.int32, device=v.device))
 
 
-def draw_signs_and_noise(dy, nonce, operands):
-    """Draws the signs [MAX_ROTATION], and for each operand that rounds at random its noise [R, K].
+def draw_signs_and_seeds(dy, nonce, specs):
+    """Draws the signs int64 [2], and for each spec that rounds at random a seed int64 [1].
 
-    Nothing is drawn where nothing is random: the signs, and each such noise, are then None.
+    Nothing is drawn where nothing is random: the signs, and each such seed, are then None.
     """
-    has_signs = False
-    sizes = [MAX_ROTATION]
-    for v, spec, _ in operands:
-        is_random = spec is not None and spec.rounding != "nearest"
-        sizes.append(v.numel() if is_random else 0)
-        has_signs = has_signs or (spec is not None and spec.signs != "none")
-    if not has_signs and sum(sizes) == MAX_ROTATION:
-        return None, [None] * len(operands)
+    is_random = [spec is not None and spec.rounding != "nearest" for spec in specs]
+    has_signs = any(spec is not None and spec.signs != "none" for spec in specs)
+    if not has_signs and not any(is_random):
+        return None, [None] * len(specs)
 
-    parts = uniform(dy, nonce, sum(sizes)).split(sizes)
-    signs = torch.where(parts[0] < .5, -1., 1.)
-    noises = []
-    for operand, noise in zip(operands, parts[1:]):
-        noises.append(noise.view_as(operand.values) if noise.numel() else None)
-    return signs, noises
+    drawn = words(dy, nonce, SIGN_WORDS + sum(is_random))
+    seeds = iter(drawn[SIGN_WORDS:].split(1))
+    return drawn[:SIGN_WORDS], [next(seeds) if draws else None for draws in is_random]
 
 
 def scaled_matmul(a, b, factor, dtype):
@@ -212,8 +151,7 @@ def forward(x, w, recipe):
     spec = recipe.forward
     if spec is None:
         y = x @ w.to(x.dtype).T
-        factor = x.new_ones(1, 1, dtype=torch.float32)
-        return y, Saved(x, factor, None, w, factor, None, None, x, w)
+        return y, Saved(*as_it_is(x), *as_it_is(w), None, x, w)
 
     operands = [Operand(x, spec), Operand(w, spec, square=spec.rhs == "square_blocks")]
     (x_quantized, w_quantized), signs = quantize_operands(x, w, operands)
@@ -226,12 +164,12 @@ def forward(x, w, recipe):
 def backward(dy, saved, recipe):
     """Computes dx = dy w in dy's dtype, and dw = dy.T x in float32."""
     saved = Saved(*saved)
-    w_used = saved.w_values * saved.w_factor
-    x_used = saved.x_values * saved.x_factor
+    w_used = (saved.w_values, saved.w_factor)
+    x_used = (saved.x_values, saved.x_factor)
     operands = [
         Operand(dy, recipe.dgrad),
         grad_rhs(recipe.dgrad, w_used, saved.w, recipe.forward, saved.signs),
-        Operand(dy.T, recipe.wgrad),
+        Operand(dy, recipe.wgrad, transposed=True),
         grad_rhs(recipe.wgrad, x_used, saved.x, recipe.forward, saved.signs),
     ]
     quantized, _ = quantize_operands(dy, saved.x_values, operands)
@@ -247,30 +185,32 @@ def backward(dy, saved, recipe):
 def grad_rhs(spec, used, unquantized, forward_spec, signs):
     """Returns the right Operand of a gradient, w.T of dgrad or x.T of wgrad, as spec.rhs says.
 
-    used            what the forward product multiplied, in the rotated basis
+    used            values and factor that the forward product multiplied, in the rotated basis
     unquantized     the same tensor before it was rotated and quantised
     signs           those of the forward rotation
     """
+    values, factor = used
     if spec is None:
-        return Operand(used.T, None)
-    if spec.rhs == "reuse":
-        return Operand(pad_to_blocks(used.T, spec), None)
+        return Operand(values, None, True, factor)
+    if spec.rhs == "reuse":                 # The left operand is padded, so this one has to be.
+        padded = pad_to_blocks(values.T, spec).T
+        padded_factor = factor if len(factor) == 1 else pad_to_blocks(factor.T, spec).T
+        return Operand(padded, None, True, padded_factor)
     if spec.rhs == "from_unquantized":
         rotated = unquantized
         if forward_spec is not None:
             rotated = rotate_for(pad_to_blocks(unquantized, forward_spec), forward_spec, signs)
-        return Operand(rotated.T, spec._replace(rounding="nearest"))
-    return Operand(used.T, spec)
+        return Operand(rotated, spec._replace(rounding="nearest"), True)
+    return Operand(values, spec, True, factor)
 
 
 def grad_product(left, right, dtype, mask, forward_spec, signs):
     """Multiplies two Quantized, and takes the gradient out of the basis of the forward rotation."""
-    grad = scaled_matmul(left.values, right.values, left.factor * right.factor.T, dtype)
-    if mask is not None:
-        grad = grad * mask                  # a selection would hide a NaN, a product does not
-    if forward_spec is not None:
-        grad = rotate_for(grad, forward_spec, signs, undo=True)
-    return grad
+    if forward_spec is None:
+        return scaled_matmul(left.values, right.values, left.factor * right.factor.T, dtype)
+    product = left.values @ right.values.T
+    return columns.unrotate(
+        product, left.factor, right.factor, mask, signs, dtype, forward_spec)
 
 
 # What a recipe's `method` names, as a pair: forward(x, w, recipe) -> y, saved tensors, and

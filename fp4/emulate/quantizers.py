@@ -43,8 +43,8 @@ a tensor, the 4/3 that undoes Quartet's 3/4, or the S of a row. It is applied af
 product, so that the values stay exact in bfloat16. The mask says what did not clip, where a rule
 clips on purpose; it is None where all gradients pass. A NaN or Inf makes its whole block NaN.
 
-All of this is written for torch.compile: exponents are read by bit operations, and sums are such
-that their order cannot be seen, so that compiled and eager code round alike.
+This is the definition of what kernels/columns.cuh computes, byte for byte. So the order of every
+sum is fixed, and exponents are read by bit operations.
 """
 from typing import NamedTuple
 
@@ -76,9 +76,9 @@ PMA_FACTOR = 1.009276
 # ---- rounding to a grid
 
 # reference.py has exact functions of the same names, for any float. These two read and write the
-# exponent field by bit operations, which torch.compile fuses and which compiled and eager code do
-# alike. They stop at normal numbers: floor_log2, for x >= 0, gives -127 for all that is below
-# 2**-126, and pow2 gives 2**-126 in place of any smaller power.
+# exponent field by bit operations, which torch.compile fuses. They stop at normal numbers:
+# floor_log2, for x >= 0, gives -127 for all that is below 2**-126, and pow2 gives 2**-126 in place
+# of any smaller power.
 
 def floor_log2(x): return ((x.view(torch.int32) >> 23) & 255) - 127
 def pow2(e): return ((e.clamp(-126, 127) + 127) << 23).view(torch.float32)
@@ -87,8 +87,9 @@ def pow2(e): return ((e.clamp(-126, 127) + 127) << 23).view(torch.float32)
 def to_grid(u, grid, noise=None):
     """Rounds u to the grid; what lies beyond its largest value becomes that.
 
-    noise, one number of [0, 1) for each of u, rounds stochastically. Without it u is rounded to
-    nearest, ties to even.
+    noise, one number of [0, 1) for each of u, rounds stochastically: up where it and what u has
+    gone beyond the lower value make a step together. Without it u is rounded to nearest, ties to
+    even.
     """
     exponent = floor_log2(u.abs()).clamp_min(grid.min_exponent)
     step = pow2(exponent - grid.mantissa_bits)
@@ -96,17 +97,25 @@ def to_grid(u, grid, noise=None):
     if noise is None:
         steps = steps.round()
     else:
-        steps = (steps + noise).floor()
+        steps_below = steps.floor()
+        steps = steps_below + (steps - steps_below >= 1 - noise)
     return (steps * step).clamp_max(grid.max_value) * torch.where(u < 0, -1., 1.)
 
 
 def total(v):
-    """Sums over the last axis, [..., 1].
+    """Sums over the last axis, [..., 1]: first neighbours, then these sums, and so on.
 
-    The sum runs in float64 and is then rounded to float32, where the order in which a compiler adds
-    cannot be seen any more.
+    A sum of 32 is that of reference.py.
     """
-    return v.double().sum(-1, True).float()
+    while v.shape[-1] > 1:
+        v = F.pad(v, (0, v.shape[-1] % 2))
+        v = v[..., 0::2] + v[..., 1::2]
+    return v
+
+
+def divide(v, number):
+    """Returns v / number. On a GPU torch would multiply by the number's inverse, which it rounds."""
+    return v / torch.full_like(v, number)
 
 
 # ---- blocks
@@ -146,9 +155,10 @@ def eden_block_correction(v, q):
 
 def eden_row_correction(v, q):
     """Returns the S of each row [R, 1], from the sums over its blocks."""
-    return eden_correction(total(v * v).sum(1), total(v * q).sum(1))
+    return eden_correction(total(block_totals(v * v)), total(block_totals(v * q)))
 
 
+def block_totals(v): return total(v).squeeze(-1)
 def eden_correction(vv, vq): return torch.where(vq == 0, 1., vv / vq)
 
 
@@ -162,11 +172,17 @@ def quest_scale(blocks):
     n = blocks.shape[-1]
     mean = total(blocks) / n
     variance = (total(blocks * blocks) / n - mean.square()).clamp_min(0)
-    return variance.sqrt() * QUEST_SCALE_PER_STD + 1e-8
+    return variance.double().sqrt().float() * QUEST_SCALE_PER_STD + 1e-8
 
 
 def floor_exponent(blocks): return floor_log2(quest_scale(blocks))
-def nearest_exponent(blocks): return floor_log2(quest_scale(blocks) * 2 ** .5)
+
+
+def nearest_exponent(blocks):
+    best = quest_scale(blocks)
+    below = floor_log2(best)
+    return below + (best > pow2(below) * 2 ** .5).int()
+
 
 # The largest value of a block gets the largest exponent of the elements: 2 in E2M1, 8 in E4M3.
 def absmax_exponent(blocks): return floor_log2(block_max(blocks)) - 2
@@ -234,7 +250,7 @@ def block_scale(blocks, spec, grid):
     """Returns the scale of each block: 1 for one of zeros, NaN for one that is not finite."""
     largest = block_max(blocks)
     if spec.format == "int4":
-        scale = largest / grid.max_value
+        scale = divide(largest, grid.max_value)
     else:
         exponent = SCALE_FUNCTIONS[spec.format][spec.scale](blocks)
         overflows = exponent > 127              # QuEST's variance: above about 2**63
@@ -290,7 +306,7 @@ def nvfp4_tensor_scale(blocks, spec, largest_element):
     """
     only_absmax = spec.scale == "absmax" and spec.rounding != "eden"
     largest_scale = 448 if only_absmax else 256
-    scale = block_max(blocks).amax() / (largest_scale * largest_element)
+    scale = divide(block_max(blocks).amax(), largest_scale * largest_element)
     finite = scale.isfinite()
     scale = torch.where(scale == 0, 1., scale)
     return torch.where(finite, scale, torch.nan)

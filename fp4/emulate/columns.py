@@ -1,0 +1,134 @@
+"""
+The quantiser of an operand, for every GemmSpec: an op of torch, whose kernel is compiled for this
+GemmSpec alone, and its definition in plain PyTorch.
+
+    definition      quantize_by_definition, unrotate_by_definition below, and quantizers.py
+    arithmetic      kernels/columns.cuh, which is shared by a CPU and a GPU
+    kernels         kernels/columns_cpu.cpp, kernels/quantize_columns.cu
+
+The columns of the GemmSpec are constants for the compiler. So one source serves every recipe, and
+what its kernel does not need is not in it: no rotation, no noise, no mask. The kernel gives the
+definition's bytes. Where none was compiled, the definition runs.
+
+An operand is read from a matrix in memory, as it is or transposed. It is padded with zeros along
+the axis that its product sums over, rotated, scaled and rounded, and written in the dtype of the
+activations, all in one pass; the scale of an NVFP4 tensor takes a pass more.
+
+Random numbers are words of 64 bits, drawn in the backward pass. Two of them are the signs of a
+rotation: bit i % 64 of word i // 64 negates element i. Another one is the seed of an operand's
+noise; its elements take their bytes as in reference.py.
+"""
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from .. import build, reference
+from ..recipes import SCALE_RULES
+from .quantizers import CLIPS_ON_PURPOSE, quantize
+
+SIGN_WORDS = 2                      # 128 signs, for the longest rotation; a shorter one reads fewer
+BLOCK = 32                          # Axes are padded to it: the blocks of all formats divide it.
+
+
+# ---- the definition
+
+def sign_values(words, n):
+    """Returns n numbers 1 or -1, of signs int64 [SIGN_WORDS]."""
+    bits = (words[:, None] >> torch.arange(64, device=words.device)) & 1
+    return 1 - 2 * bits.flatten()[:n]
+
+
+def rotate(v, n, signs=None, signs_after=False):
+    """Rotates each n neighbours along the last axis of v [R, K]; n = 0 returns v itself.
+
+    It multiplies them by the orthogonal Hadamard matrix: by a butterfly, as reference.hadamard does
+    for n = 32. signs, int64 [SIGN_WORDS], are applied before the matrix or after it. The matrix is
+    its own inverse, so the same signs on the other side undo the rotation.
+    """
+    if n == 0:
+        return v
+    v = v.float().unflatten(-1, (-1, n))
+    if signs is not None and not signs_after:
+        v = v * sign_values(signs, n)
+    stride = 1
+    while stride < n:
+        a, b = v.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        v = torch.stack((a + b, a - b), -2).flatten(-3)
+        stride *= 2
+    v = v * n ** -.5
+    if signs is not None and signs_after:
+        v = v * sign_values(signs, n)
+    return v.flatten(-2)
+
+
+def rotate_for(v, spec, signs, undo=False):
+    """Rotates v as spec says, or undoes that. signs int64 [SIGN_WORDS], or None if spec has none."""
+    if spec.signs == "none":
+        return rotate(v, spec.rotation)
+    signs_after = spec.signs == "after"
+    if undo:
+        signs_after = not signs_after
+    return rotate(v, spec.rotation, signs, signs_after)
+
+
+def padded_size(k, spec): return k + -k % max(spec.rotation, BLOCK)
+
+
+def pad_to_blocks(v, spec):
+    """Appends zeros to the last axis until it holds whole blocks and whole rotations."""
+    return F.pad(v, (0, padded_size(v.shape[-1], spec) - v.shape[-1]))
+
+
+def quantize_by_definition(x, factor, signs, seed, transposed, dtype, spec, square):
+    """Quantises x or x.T along the last axis. The arguments are those of quantize_operand."""
+    v = x.float() if factor is None else x.float() * factor
+    rotated = rotate_for(pad_to_blocks(v.T if transposed else v, spec), spec, signs)
+    noise = None
+    if spec.rounding != "nearest":
+        noise = (reference.noise(seed, rotated.numel()).view_as(rotated) + .5) / 256
+    values, factor, mask = quantize(rotated, spec, noise, square)
+    if mask is None:
+        mask = torch.empty(0, dtype=torch.int32, device=x.device)
+    else:
+        mask = reference.bits(mask.unflatten(-1, (-1, BLOCK)))
+    return values.to(dtype), factor, mask
+
+
+def unrotate_by_definition(product, left, right, mask, signs, dtype, spec):
+    """Takes a gradient out of the rotated basis. The arguments are those of unrotate."""
+    grad = product.float() * (left * right.T)
+    if spec.scale in CLIPS_ON_PURPOSE:
+        kept = reference.unbits(mask).flatten(-2)
+        grad = grad * kept                  # a selection would hide a NaN, a product does not
+    return rotate_for(grad, spec, signs, undo=True).to(dtype)
+
+
+# ---- the ops
+
+def quantize_operand(matrix, spec, transposed, factor, square, signs, seed, dtype):
+    """Rotates and quantises a matrix in memory as a GemmSpec says, along its rows.
+
+    matrix      [R, K], or [K, R] if transposed: the operand is then its transpose; float32 or
+                bfloat16
+    factor      float32 [1, 1], or a column with as many rows as the matrix; the matrix is
+                multiplied by it. None: nothing is
+    square      whether blocks are square
+    signs       int64 [SIGN_WORDS], or None where spec has none
+    seed        int64 [1], or None where spec rounds to nearest
+    returns     values [R, K padded] in dtype, factor float32 [1, 1] or [R, 1], mask int32
+                [R, K padded / 32] or [0]
+    """
+    return quantize_by_definition(matrix, factor, signs, seed, transposed, dtype, spec, square)
+
+
+def unrotate(product, left, right, mask, signs, dtype, spec):
+    """Multiplies a product by its factors and masks it; then undoes the rotation of a GemmSpec.
+
+    product         [M, K], in the rotated basis, float32 or bfloat16
+    left, right     the factors of its operands, float32 [1, 1], or [M, 1] and [K, 1]
+    mask            int32 [M, K / 32], where spec has one: what clipped gets no gradient
+    signs           int64 [SIGN_WORDS], or None where spec has none
+    returns         [M, K] in dtype
+    """
+    return unrotate_by_definition(product, left, right, mask, signs, dtype, spec)
