@@ -27,6 +27,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = os.path.join(HERE, "kernels")
 CPU_SOURCES = ("bind.cpp", "cpu.cpp")
 CUDA_SOURCES = ("quantize.cu", "elementwise.cu", "fp8_tiles.cu")
+COLUMN_CPU_SOURCES = ("columns_bind.cpp", "columns_cpu.cpp")        # of a GemmSpec: load_columns()
+COLUMN_CUDA_SOURCES = ("quantize_columns.cu",)
 SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
 CHECKSUM = ".sha256"                    # what is added to the path of a library for its checksum
 
@@ -48,18 +50,26 @@ def build(gemm="auto"):
     return loaded[gemm]
 
 
+# What is raised when there is no compiler, or it fails, or the disk is full, ...
+BUILD_ERRORS = (OSError, RuntimeError, ImportError, subprocess.SubprocessError)
+
+
 def load_or_fall_back(gemm):
     from .backend import Backend
 
     try:
         return load_kernels(gemm)
-    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        # There is no compiler, or it fails, or the disk is full, ...
-        # torch says only that a library does not load, and gives the loader's reason as the cause.
-        reason = error.__cause__ or error
-        lines = str(reason).splitlines() or [type(reason).__name__]
+    except BUILD_ERRORS as error:
         return Backend("reference.py, which is slow, because the kernels did not build: "
-                       + lines[0], is_compiled=False)
+                       + first_line(error), is_compiled=False)
+
+
+def first_line(error):
+    """The line that says why a library was not built or loaded."""
+    # torch says only that a library does not load, and gives the loader's reason as the cause.
+    reason = error.__cause__ or error
+    lines = str(reason).splitlines() or [type(reason).__name__]
+    return lines[0]
 
 
 def load_kernels(gemm):
@@ -80,15 +90,36 @@ def load_kernels(gemm):
     return backend
 
 
-def compile_and_load(sources, flags, target=""):
+def load_columns(name, flags):
+    """Loads the ops of one GemmSpec, which emulate/columns.py defines and has named.
+
+    flags       the macros of kernels/columns.cuh
+    Raises one of BUILD_ERRORS.
+    """
+    import torch
+
+    sources = COLUMN_CPU_SOURCES
+    target = ""
+    if torch.cuda.is_available():
+        sources = (*COLUMN_CPU_SOURCES, *COLUMN_CUDA_SOURCES)
+        flags = ("-DUSE_CUDA", *flags)
+        major, minor = torch.cuda.get_device_capability()
+        target = f"{major}{minor}"
+    compile_and_load(sources, tuple(flags), target, f"the quantiser {name}")
+
+
+def compile_and_load(sources, flags, target="", subject="its kernels"):
     """Loads the library of these files of kernels/, which registers its ops."""
     import torch
 
-    torch.ops.load_library(find_or_compile(sources, flags, target))
+    torch.ops.load_library(find_or_compile(sources, flags, target, subject))
 
 
-def find_or_compile(sources, flags, target=""):
-    """Returns the path of the library of these files of kernels/, compiled if it is not yet."""
+def find_or_compile(sources, flags, target="", subject="its kernels"):
+    """Returns the path of the library of these files of kernels/, compiled if it is not yet.
+
+    subject is what the line says that is printed before it is compiled.
+    """
     name = library_name(sources, flags, target)
     for place in places():
         library = os.path.join(place, name, name + ".so")
@@ -97,12 +128,12 @@ def find_or_compile(sources, flags, target=""):
     with locked_place() as place:
         library = os.path.join(place, name, name + ".so")
         if not is_whole(library):       # Another process may have compiled it meanwhile.
-            compile_library(os.path.dirname(library), sources, flags, target)
+            compile_library(os.path.dirname(library), sources, flags, target, subject)
             Path(library + CHECKSUM).write_bytes(checksum(library))
     return library
 
 
-def compile_library(folder, sources, flags, target):
+def compile_library(folder, sources, flags, target, subject):
     """Compiles files of kernels/ to FOLDER/FOLDER.so. torch's load() loads it, too."""
     # A damaged library, or what a killed build left: objects cut off, and a file that locks torch.
     if os.path.isdir(folder):
@@ -111,7 +142,7 @@ def compile_library(folder, sources, flags, target):
     environment = toolchain.environment(folder, target)
     machine = f"this processor and its GPU (sm_{target})" if target else "this processor"
     duration = "half a minute" if target else "10 seconds"
-    print(f"fp4 compiles its kernels for {machine}, which takes about {duration}", file=sys.stderr)
+    print(f"fp4 compiles {subject} for {machine}, which takes about {duration}", file=sys.stderr)
     with toolchain.cpp_extension(environment) as cpp_extension:
         cpp_extension.load(
             os.path.basename(folder),
@@ -120,7 +151,7 @@ def compile_library(folder, sources, flags, target):
             is_python_module=False,
             extra_include_paths=[KERNELS],
             extra_cflags=[*toolchain.CXX_FLAGS, *flags],
-            extra_cuda_cflags=[*toolchain.NVCC_FLAGS, toolchain.gencode(target)],
+            extra_cuda_cflags=[*toolchain.NVCC_FLAGS, toolchain.gencode(target), *flags],
             extra_ldflags=[*toolchain.LINK_FLAGS],
         )
 

@@ -5,7 +5,7 @@ import torch
 
 from fp4 import reference
 from fp4.emulate import columns, quantizers
-from fp4.recipes import GemmSpec
+from fp4.recipes import SCALE_RULES, GemmSpec, validate
 from operands import at_the_edge_of_a_scale, same, ugly_values
 
 WORDS = torch.tensor([0x5DA94F3671C8E2B5, -0x123456789ABCDEF1, 77, 2 ** 63 - 3])
@@ -68,3 +68,105 @@ def test_a_sum_adds_neighbours_first_and_skips_what_is_missing():
         assert quantizers.total(torch.tensor(terms)).tolist() == [expected]
     v = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     same([quantizers.total(v)], [reference.total(v)])
+
+
+# ---- kernels
+
+ROUNDINGS = ("nearest", "stochastic", "eden")
+ROTATIONS = ((0, "none"), (16, "before"), (32, "after"), (64, "before"), (128, "before"),
+             (32, "none"), (128, "after"))
+
+
+def every_quantiser():
+    """Each scale rule of each format with each rounding that it may have, and square blocks; the
+    rotations take turns."""
+    specs = []
+    for format, rules in SCALE_RULES.items():
+        for rule in rules:
+            for rounding in ROUNDINGS:
+                rotation = ROTATIONS[len(specs) % len(ROTATIONS)]
+                spec = GemmSpec(format, rule, *rotation, rounding)
+                if is_allowed(spec):
+                    specs.append((spec, False))
+    for rule in SCALE_RULES["nvfp4"]:
+        for n in (0, 16, 32):
+            specs.append((GemmSpec("nvfp4", rule, n, "none" if n == 0 else "before"), True))
+    return specs
+
+
+def is_allowed(spec):
+    "whatever the signs, which here are before a rotation more often than a recipe has them"
+    try:
+        validate("dgrad", spec._replace(rotation=32, signs="before"))
+        return True
+    except ValueError:
+        return False
+
+
+QUANTISERS = every_quantiser()
+NAMES = [columns.name_of(*quantiser) for quantiser in QUANTISERS]
+each_quantiser = pytest.mark.parametrize("spec, square", QUANTISERS, ids=NAMES)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    "load(spec, square): its ops; where none was compiled, the test is skipped"
+    def load(spec, square=False):
+        name = columns.name_of(spec, square)
+        if not columns.ops.get(name):
+            columns.ops[name] = columns.load_or_fall_back(spec, square)
+        if columns.ops[name] is None:
+            pytest.skip("no compiler")
+        return columns.ops[name]
+    return load
+
+
+def values_of_all_sizes(rows, k, finite=True):
+    """Blocks of 16 of many sizes, with ties, zeros, subnormal and huge numbers; some NaN and Inf
+    if not finite."""
+    g = torch.Generator().manual_seed(rows)
+    sizes = torch.randint(-12, 12, (rows, k // 16), generator=g).float().exp2()
+    x = torch.randn(rows, k, generator=g) * sizes.repeat_interleave(16, 1)
+    x[0] = torch.arange(k) % 29 / 4
+    x[1, :48] = 0
+    x[2] = -0.
+    x[3, 16:48] *= 2. ** -140
+    x[4] *= 2. ** -100
+    if not finite:
+        x[5, :16] = 3e38
+        x[rows // 2, 3] = torch.nan
+        x[rows - 1, k - 1] = torch.inf
+    return x
+
+
+def cases():
+    "x, factor, transposed, dtype of the values"
+    for rows, k in ((37, 208), (136, 48)):
+        for finite in (True, False):
+            x = values_of_all_sizes(rows, k, finite)
+            by_row = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)) + .5
+            for transposed in (False, True):
+                yield x, None, transposed, torch.float32
+                yield x, by_row, transposed, torch.bfloat16
+                yield x.bfloat16(), by_row[:1], transposed, torch.bfloat16
+                yield x.bfloat16(), None, transposed, torch.float32
+
+
+def equal_to_the_definition(load, spec, square, device):
+    ops = load(spec, square)
+    for x, factor, transposed, dtype in cases():
+        want = define(x, spec, transposed, dtype, factor, square)
+        on_device = [t if t is None else t.to(device) for t in (x, factor, SIGNS, SEED)]
+        got = ops.quantize(*on_device, transposed, dtype)
+        same([t.cpu() for t in got], want)
+
+
+@each_quantiser
+def test_a_kernel_of_the_cpu_has_the_bytes_of_the_definition(load, spec, square):
+    equal_to_the_definition(load, spec, square, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_quantiser
+def test_a_kernel_of_the_gpu_has_the_bytes_of_the_definition(load, spec, square):
+    equal_to_the_definition(load, spec, square, "cuda")

@@ -18,17 +18,23 @@ Random numbers are words of 64 bits, drawn in the backward pass. Two of them are
 rotation: bit i % 64 of word i // 64 negates element i. Another one is the seed of an operand's
 noise; its elements take their bytes as in reference.py.
 """
+import importlib
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .. import build, reference
-from ..recipes import SCALE_RULES
+from .. import reference
 from .quantizers import CLIPS_ON_PURPOSE, quantize
+
+build = importlib.import_module("..build", __package__)     # fp4.build is its function
 
 SIGN_WORDS = 2                      # 128 signs, for the longest rotation; a shorter one reads fewer
 BLOCK = 32                          # Axes are padded to it: the blocks of all formats divide it.
+# The scale rules that kernels/columns.cuh has.
+KERNEL_SCALES = ("floor", "nearest", "absmax34", "absmax", "pma", "mse", "four-six")
 
 
 # ---- the definition
@@ -104,7 +110,101 @@ def unrotate_by_definition(product, left, right, mask, signs, dtype, spec):
     return rotate_for(grad, spec, signs, undo=True).to(dtype)
 
 
-# ---- the ops
+# ---- the ops of a GemmSpec, compiled at its first use
+
+library = torch.library.Library("fp4_columns", "DEF")
+
+# The name of each GemmSpec that was asked for, with its two ops; None: its definition runs.
+ops = {}
+
+
+class Ops(NamedTuple):
+    quantize: Callable
+    unrotate: Callable
+
+
+def prepare(recipe):
+    """Loads the kernels of a recipe's quantisers, compiled if they are not yet.
+
+    Where that fails, it prints a line that says why, and the definition runs.
+    """
+    for spec, square in quantizers_of(recipe):
+        name = name_of(spec, square)
+        if name not in ops:
+            ops[name] = load_or_fall_back(spec, square) if has_kernel(spec, square) else None
+
+
+def quantizers_of(recipe):
+    """Returns the (GemmSpec, whether blocks are square) of all operands that matmul.py makes."""
+    found = []
+    if recipe.forward is not None:
+        found.append((recipe.forward, False))
+        if recipe.forward.rhs == "square_blocks":
+            found.append((recipe.forward, True))
+    for spec in (recipe.dgrad, recipe.wgrad):
+        if spec is not None:
+            found.append((spec, False))
+            if spec.rhs == "from_unquantized":
+                found.append((spec._replace(rounding="nearest"), False))
+    return found
+
+
+def has_kernel(spec, square):
+    """Says whether columns.cuh has this quantiser; a scale rule of a user's own it has not."""
+    fits_square = spec.format == "nvfp4" and spec.rotation <= 32 and spec.rounding == "nearest"
+    return spec.scale in KERNEL_SCALES and (fits_square or not square)
+
+
+def name_of(spec, square):
+    columns = (spec.format, spec.scale, spec.rotation, spec.signs, spec.rounding)
+    words = [str(column).replace("-", "_") for column in columns]
+    return "_".join(words + ["square"] * square)
+
+
+def flags_of(spec, square):
+    """Returns the macros that kernels/columns.cuh reads."""
+    macros = dict(FORMAT=spec.format, SCALE=spec.scale.replace("-", "_"), ROTATION=spec.rotation,
+                  SIGNS=spec.signs, ROUNDING=spec.rounding, SQUARE=int(square),
+                  NAME=name_of(spec, square))
+    return [f"-DCOLUMN_{macro}={value}" for macro, value in macros.items()]
+
+
+def load_or_fall_back(spec, square):
+    name = name_of(spec, square)
+    try:
+        build.load_columns(name, flags_of(spec, square))
+    except build.BUILD_ERRORS as error:
+        print(f"fp4 quantises {name} in PyTorch, which is slow, because its kernel did not build:",
+              build.first_line(error), file=sys.stderr)
+        return None
+    return define_ops(name, spec)
+
+
+def define_ops(name, spec):
+    """Gives the two ops of a name their schemas; the library that was loaded implements them."""
+    def quantized_shapes(x, factor, signs, seed, transposed, dtype):
+        rows, k = reversed(x.shape) if transposed else x.shape
+        padded = padded_size(k, spec)
+        factors = rows if spec.rounding == "eden" and spec.format != "nvfp4" else 1
+        mask_shape = (rows, padded // BLOCK) if spec.scale in CLIPS_ON_PURPOSE else (0,)
+        return (x.new_empty(rows, padded, dtype=dtype),
+                x.new_empty(factors, 1, dtype=torch.float32),
+                x.new_empty(mask_shape, dtype=torch.int32))
+
+    def unrotated_shape(product, left, right, mask, signs, dtype):
+        return torch.empty_like(product, dtype=dtype)
+
+    library.define(f"quantize_{name}(Tensor x, Tensor? factor, Tensor? signs, Tensor? seed, "
+                   "bool transposed, ScalarType dtype) "
+                   "-> (Tensor values, Tensor factor, Tensor mask)")
+    library.define(f"unrotate_{name}(Tensor product, Tensor left, Tensor right, Tensor mask, "
+                   "Tensor? signs, ScalarType dtype) -> Tensor")
+    torch.library.register_fake(f"fp4_columns::quantize_{name}", quantized_shapes, lib=library)
+    torch.library.register_fake(f"fp4_columns::unrotate_{name}", unrotated_shape, lib=library)
+    namespace = torch.ops.fp4_columns
+    return Ops(getattr(namespace, f"quantize_{name}").default,
+               getattr(namespace, f"unrotate_{name}").default)
+
 
 def quantize_operand(matrix, spec, transposed, factor, square, signs, seed, dtype):
     """Rotates and quantises a matrix in memory as a GemmSpec says, along its rows.
@@ -119,7 +219,10 @@ def quantize_operand(matrix, spec, transposed, factor, square, signs, seed, dtyp
     returns     values [R, K padded] in dtype, factor float32 [1, 1] or [R, 1], mask int32
                 [R, K padded / 32] or [0]
     """
-    return quantize_by_definition(matrix, factor, signs, seed, transposed, dtype, spec, square)
+    compiled = ops.get(name_of(spec, square))
+    if compiled is None:
+        return quantize_by_definition(matrix, factor, signs, seed, transposed, dtype, spec, square)
+    return compiled.quantize(matrix.contiguous(), factor, signs, seed, transposed, dtype)
 
 
 def unrotate(product, left, right, mask, signs, dtype, spec):
@@ -131,4 +234,7 @@ def unrotate(product, left, right, mask, signs, dtype, spec):
     signs           int64 [SIGN_WORDS], or None where spec has none
     returns         [M, K] in dtype
     """
-    return unrotate_by_definition(product, left, right, mask, signs, dtype, spec)
+    compiled = ops.get(name_of(spec, square=False))
+    if compiled is None:
+        return unrotate_by_definition(product, left, right, mask, signs, dtype, spec)
+    return compiled.unrotate(product, left, right, mask, signs, dtype)

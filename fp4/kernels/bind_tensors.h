@@ -3,7 +3,7 @@ What the operations of bind.cpp and bind_gemm.h do with tensors before and after
 check the arguments, allocate the results, and find the functions and the stream of a device.
 
 All checks of arguments are made with this file; the kernels trust their callers. It is included by
-bind.cpp only.
+bind.cpp and columns_bind.cpp.
 */
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
@@ -223,31 +223,41 @@ int64_t padded_to_blocks(int64_t M) { return 32 * mxfp4::ceil_div(M, 32); }
 
 // ---- the device
 
-// The functions for the device of a tensor and, on a GPU, torch's current stream. As long as the
-// object lives, that GPU is the current one. When it dies, the operation has made all its
-// launches, and an error of one of them is raised.
-struct Device {
-  const OpTable* ops = &cpu_ops;
+// On a GPU, torch's current stream. As long as the object lives, the GPU of the tensor is the
+// current one. When it dies, the operation has made all its launches, and an error of one of them
+// is raised.
+struct CurrentDevice {
   void* stream = nullptr;
 #ifdef USE_CUDA
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
 
-  explicit Device(const Tensor& x) {
+  explicit CurrentDevice(const Tensor& x) {
     if (!x.is_cuda())
       return;
     const auto index = x.get_device_index();
-    ops = &cuda_ops;
     guard.emplace(index);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
 
-  ~Device() noexcept(false) {
-    const char* error = ops == &cuda_ops ? launch_error() : nullptr;
+  ~CurrentDevice() noexcept(false) {
+    const char* error = guard ? launch_error() : nullptr;
     CHECK(!error, "a kernel did not start: ", error);
   }
 #else
-  explicit Device(const Tensor&) {}
+  explicit CurrentDevice(const Tensor&) {}
 #endif
+};
+
+// The same, with the functions for this device.
+struct Device : CurrentDevice {
+  const OpTable* ops = &cpu_ops;
+
+  explicit Device(const Tensor& x) : CurrentDevice(x) {
+#ifdef USE_CUDA
+    if (x.is_cuda())
+      ops = &cuda_ops;
+#endif
+  }
 };
 
 }  // namespace

@@ -1,0 +1,166 @@
+/*
+The ops of one GemmSpec, torch.ops.fp4_columns.quantize_NAME and unrotate_NAME, which check their
+arguments, allocate the results and call the kernel for the device of their tensors. Their schemas
+and their definition are in emulate/columns.py; bind.cpp says what they are written against.
+*/
+#include <optional>
+#include <tuple>
+#include "bind_tensors.h"
+#include "columns.cuh"
+#include "columns.h"
+
+using namespace COLUMN_NAME;
+
+namespace {
+
+constexpr int64_t PADDING = columns::ROTATION > 32 ? columns::ROTATION : 32;
+
+void check_matrix(const Tensor& x) {
+  const bool is_matrix = x.dim() == 2 && x.is_contiguous();
+  CHECK(
+      is_float_or_bfloat16(x.scalar_type()) && is_matrix,
+      "x must be a contiguous float32 or bfloat16 matrix, got ",
+      x.dim(), " dimension(s) of ", dtype_name(x));
+  check_aligned(x, "x");
+  CHECK(
+      x.size(1) % 16 == 0,
+      "the last dimension must be a multiple of 16, got ", x.size(1));
+}
+
+// The factors of `rows` rows, or one for all.
+void check_factor(const Tensor& x, const Tensor& factor, const char* name, int64_t rows) {
+  check_tensor(factor, name, 2, ScalarType::Float);
+  check_same_device(x, factor, name);
+  const bool fits = factor.size(0) == 1 || factor.size(0) == rows;
+  CHECK(
+      fits && factor.size(1) == 1,
+      name, " must be [1, 1] or [", rows, ", 1], got [",
+      factor.size(0), ", ", factor.size(1), "]");
+}
+
+// The n words of an argument that may be missing, but not if they are needed.
+const int64_t* optional_words(
+    const Tensor& x, const std::optional<Tensor>& t, const char* name, int64_t n, bool needed) {
+  CHECK(t || !needed, name, " is missing");
+  if (!t)
+    return nullptr;
+  check_random(x, *t, name, n);
+  return longs(*t);
+}
+
+const int64_t* sign_words(const Tensor& x, const std::optional<Tensor>& signs) {
+  return optional_words(x, signs, "signs", 2, columns::SIGNS != columns::Signs::none);
+}
+
+// The arguments are those of quantize_operand in emulate/columns.py.
+std::tuple<Tensor, Tensor, Tensor> quantize(
+    const Tensor& x,
+    const std::optional<Tensor>& factor,
+    const std::optional<Tensor>& signs,
+    const std::optional<Tensor>& seed,
+    bool transposed,
+    ScalarType dtype) {
+  check_matrix(x);
+  if (factor)
+    check_factor(x, *factor, "factor", x.size(0));
+
+  Quantization op = {};
+  op.x = float_matrix(x);
+  op.transposed = transposed;
+  op.rows = x.size(transposed ? 1 : 0);
+  op.columns = x.size(transposed ? 0 : 1);
+  op.padded = PADDING * mxfp4::ceil_div(op.columns, PADDING);
+  op.factor = factor ? floats(*factor) : nullptr;
+  op.factor_by_row = factor && factor->numel() > 1;
+  op.signs = sign_words(x, signs);
+  op.seed = optional_words(x, seed, "seed", 1, columns::IS_RANDOM);
+
+  const int64_t blocks = op.rows * op.padded / 32;
+  const int64_t sums = columns::HAS_ROW_FACTOR ? 2 * blocks : 1;
+  Tensor values = new_matrix(x, op.rows, op.padded, dtype);
+  const int64_t factors = columns::HAS_ROW_FACTOR ? op.rows : 1;
+  Tensor out_factor = new_matrix(x, factors, 1, ScalarType::Float);
+  Tensor mask = columns::HAS_MASK
+      ? new_mask(x, op.rows, op.padded)
+      : torch::stable::new_empty(x, {0}, ScalarType::Int);
+  Tensor scratch = torch::stable::new_empty(x, {sums}, ScalarType::Float);
+  op.values = float_matrix(values);
+  op.out_factor = floats(out_factor);
+  op.mask = words(mask);
+  op.scratch = floats(scratch);
+
+  const CurrentDevice device(x);
+  op.stream = device.stream;
+#ifdef USE_CUDA
+  if (x.is_cuda()) {
+    quantize_on_gpu(op);
+    return {values, out_factor, mask};
+  }
+#endif
+  quantize_on_cpu(op);
+  return {values, out_factor, mask};
+}
+
+// The arguments are those of unrotate in emulate/columns.py.
+Tensor unrotate(
+    const Tensor& product,
+    const Tensor& left,
+    const Tensor& right,
+    const Tensor& mask,
+    const std::optional<Tensor>& signs,
+    ScalarType dtype) {
+  check_matrix(product);
+  const int64_t M = product.size(0);
+  const int64_t K = product.size(1);
+  CHECK(K % PADDING == 0, "the last dimension must be a multiple of ", PADDING, ", got ", K);
+  check_factor(product, left, "left", M);
+  check_factor(product, right, "right", K);
+  if (columns::HAS_MASK) {
+    check_tensor(mask, "mask", 2, ScalarType::Int);
+    check_same_device(product, mask, "mask");
+    CHECK(
+        mask.size(0) == M && 32 * mask.size(1) == K,
+        "mask [M, K/32] does not match the product [M, K]");
+  }
+
+  Tensor out = new_matrix(product, M, K, dtype);
+  Unrotation op = {};
+  op.product = float_matrix(product);
+  op.rows = M;
+  op.columns = K;
+  op.left = floats(left);
+  op.left_by_row = left.numel() > 1;
+  op.right = floats(right);
+  op.right_by_column = right.numel() > 1;
+  op.mask = words(mask);
+  op.signs = sign_words(product, signs);
+  op.out = float_matrix(out);
+
+  const CurrentDevice device(product);
+  op.stream = device.stream;
+#ifdef USE_CUDA
+  if (product.is_cuda()) {
+    unrotate_on_gpu(op);
+    return out;
+  }
+#endif
+  unrotate_on_cpu(op);
+  return out;
+}
+
+}  // namespace
+
+#define NAME_OF(op, name) #op "_" #name
+#define OP_NAME(op, name) NAME_OF(op, name)     // so that the macro COLUMN_NAME is replaced first
+
+STABLE_TORCH_LIBRARY_IMPL(fp4_columns, CPU, library) {
+  library.impl(OP_NAME(quantize, COLUMN_NAME), TORCH_BOX(&quantize));
+  library.impl(OP_NAME(unrotate, COLUMN_NAME), TORCH_BOX(&unrotate));
+}
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fp4_columns, CUDA, library) {
+  library.impl(OP_NAME(quantize, COLUMN_NAME), TORCH_BOX(&quantize));
+  library.impl(OP_NAME(unrotate, COLUMN_NAME), TORCH_BOX(&unrotate));
+}
+#endif
