@@ -152,21 +152,41 @@ def cases():
                 yield x.bfloat16(), None, transposed, torch.float32
 
 
-def equal_to_the_definition(load, spec, square, device):
-    ops = load(spec, square)
+def moved(device, *tensors): return [t if t is None else t.to(device) for t in tensors]
+
+
+def check_quantize(ops, spec, square, device="cpu"):
     for x, factor, transposed, dtype in cases():
         want = define(x, spec, transposed, dtype, factor, square)
-        on_device = [t if t is None else t.to(device) for t in (x, factor, SIGNS, SEED)]
-        got = ops.quantize(*on_device, transposed, dtype)
-        same([t.cpu() for t in got], want)
+        got = ops.quantize(*moved(device, x, factor, SIGNS, SEED), transposed, dtype)
+        same(moved("cpu", *got), want)
+
+
+def check_unrotate(ops, spec, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    M, K = 70, 384
+    mask = torch.randint(-2 ** 31, 2 ** 31 - 1, (M, K // 32), generator=g).int()
+    for dtype, out, by_row in ((torch.float32, torch.float32, False),
+                               (torch.bfloat16, torch.float32, True),
+                               (torch.bfloat16, torch.bfloat16, False)):
+        product = torch.randn(M, K, generator=g).to(dtype)
+        product[3, 40] = torch.nan
+        left = torch.rand(M if by_row else 1, 1, generator=g)
+        right = torch.rand(K if by_row else 1, 1, generator=g)
+        arguments = (product, left, right, mask, SIGNS)
+        want = columns.unrotate_by_definition(*arguments, out, spec)
+        got = ops.unrotate(*moved(device, *arguments), out)
+        same(moved("cpu", got), [want])
 
 
 @each_quantiser
-def test_a_kernel_of_the_cpu_has_the_bytes_of_the_definition(load, spec, square):
-    equal_to_the_definition(load, spec, square, "cpu")
+def test_the_kernels_of_the_cpu_have_the_bytes_of_the_definition(load, spec, square):
+    check_quantize(load(spec, square), spec, square)
+    check_unrotate(load(spec, square), spec)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_quantiser
-def test_a_kernel_of_the_gpu_has_the_bytes_of_the_definition(load, spec, square):
-    equal_to_the_definition(load, spec, square, "cuda")
+def test_the_kernels_of_the_gpu_have_the_bytes_of_the_definition(load, spec, square):
+    check_quantize(load(spec, square), spec, square, "cuda")
+    check_unrotate(load(spec, square), spec, "cuda")

@@ -21,12 +21,15 @@ import torch
 
 from fp4 import reference
 from fp4.backend import swizzle_scales
+from fp4.emulate import columns
 from fp4.ops import SIGN_ORDERS, Packed
+from fp4.recipes import GemmSpec
 import operands
 from operands import (
     ALPHA, HOW_BACKWARD, at_every_size, error_of_a_sum,
     every_bfloat16_and_the_neighbours_of_midpoints, every_scale_byte, random_at_sizes,
     random_packed, same, same_scale_tiles, same_tiles)
+import test_columns
 
 TESTS = Path(__file__).resolve().parent
 MODELS = TESTS / "models"
@@ -74,7 +77,8 @@ def translate(text):
 
 def write_translation(folder, mistake=None):
     """Writes the translated kernels, with one place changed if there is a mistake to plant."""
-    paths = [*KERNELS.rglob("*.cu"), *KERNELS.rglob("*.cuh"), KERNELS / "ops.h"]
+    paths = [*KERNELS.rglob("*.cu"), *KERNELS.rglob("*.cuh"), KERNELS / "ops.h",
+             KERNELS / "columns.h"]
     for path in paths:
         name = path.relative_to(KERNELS).as_posix()
         text = path.read_text()
@@ -87,7 +91,8 @@ def write_translation(folder, mistake=None):
         copy.write_text(translate(text))
     for name, model in REPLACED_HEADERS.items():
         (folder / name).write_text(f'#include "{model}"\n')
-    for name in ("cuda_on_cpu.h", *set(REPLACED_HEADERS.values()), "kernels_on_cpu.cpp"):
+    for name in ("cuda_on_cpu.h", *set(REPLACED_HEADERS.values()), "kernels_on_cpu.cpp",
+                 "columns_on_cpu.cpp"):
         shutil.copy(MODELS / name, folder)
 
 
@@ -374,6 +379,48 @@ def test_every_scale_byte_is_requantised_as_the_definition_says(kernels):
              SIGN_ORDERS.index(order), operand_format, *columns)
         want = reference.requantize_transposed(*packed, signs, seeds, stochastic, order)
         assert is_operand(columns, want, operand_format)
+
+
+# ---- the quantisers of a GemmSpec
+
+COLUMN_SOURCES = ["quantize_columns.cu", "columns_on_cpu.cpp"]
+
+
+def column_kernels(folder, spec, square, mistake=None):
+    write_translation(folder, mistake)
+    flags = columns.flags_of(spec, square)
+    return link(folder, compile_missing(folder, COLUMN_SOURCES, flags))
+
+
+class ColumnOps(NamedTuple):
+    """Has the ops of columns.Ops, on simulated kernels."""
+    kernels: ctypes.CDLL
+    spec: GemmSpec
+
+    def quantize(self, x, factor, signs, seed, transposed, dtype):
+        rows, k = x.T.shape if transposed else x.shape
+        results = columns.quantized_shapes(self.spec, x, transposed, dtype)
+        values, out_factor, mask = (torch.full_like(t, 77) for t in results)
+        scratch = torch.zeros(2 * values.numel() // 32)
+        by_row = factor is not None and factor.numel() > 1
+        call(self.kernels.quantize, x, x.dtype == torch.bfloat16, transposed, rows, k,
+             values.shape[1], factor, by_row, signs, seed, values, dtype == torch.bfloat16,
+             out_factor, mask, scratch)
+        return values, out_factor, mask
+
+    def unrotate(self, product, left, right, mask, signs, dtype):
+        out = torch.full_like(product, 77, dtype=dtype)
+        call(self.kernels.unrotate, product, product.dtype == torch.bfloat16, *product.shape,
+             left, left.numel() > 1, right, right.numel() > 1, mask, signs, out,
+             dtype == torch.bfloat16)
+        return out
+
+
+@test_columns.each_quantiser
+def test_the_kernels_of_a_gemm_spec_give_the_definitions_bytes(tmp_path, spec, square):
+    ops = ColumnOps(column_kernels(tmp_path, spec, square), spec)
+    test_columns.check_quantize(ops, spec, square)
+    test_columns.check_unrotate(ops, spec)
 
 
 # ---- the FP8 formats

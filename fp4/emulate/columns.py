@@ -180,16 +180,21 @@ def load_or_fall_back(spec, square):
     return define_ops(name, spec)
 
 
+def quantized_shapes(spec, x, transposed, dtype):
+    """Returns empty tensors like those that quantising x or x.T makes."""
+    rows, k = x.T.shape if transposed else x.shape
+    padded = padded_size(k, spec)
+    factors = rows if spec.rounding == "eden" and spec.format != "nvfp4" else 1
+    mask_shape = (rows, padded // BLOCK) if spec.scale in CLIPS_ON_PURPOSE else (0,)
+    return (x.new_empty(rows, padded, dtype=dtype),
+            x.new_empty(factors, 1, dtype=torch.float32),
+            x.new_empty(mask_shape, dtype=torch.int32))
+
+
 def define_ops(name, spec):
     """Gives the two ops of a name their schemas; the library that was loaded implements them."""
-    def quantized_shapes(x, factor, signs, seed, transposed, dtype):
-        rows, k = reversed(x.shape) if transposed else x.shape
-        padded = padded_size(k, spec)
-        factors = rows if spec.rounding == "eden" and spec.format != "nvfp4" else 1
-        mask_shape = (rows, padded // BLOCK) if spec.scale in CLIPS_ON_PURPOSE else (0,)
-        return (x.new_empty(rows, padded, dtype=dtype),
-                x.new_empty(factors, 1, dtype=torch.float32),
-                x.new_empty(mask_shape, dtype=torch.int32))
+    def shapes_of_quantize(x, factor, signs, seed, transposed, dtype):
+        return quantized_shapes(spec, x, transposed, dtype)
 
     def unrotated_shape(product, left, right, mask, signs, dtype):
         return torch.empty_like(product, dtype=dtype)
@@ -199,7 +204,7 @@ def define_ops(name, spec):
                    "-> (Tensor values, Tensor factor, Tensor mask)")
     library.define(f"unrotate_{name}(Tensor product, Tensor left, Tensor right, Tensor mask, "
                    "Tensor? signs, ScalarType dtype) -> Tensor")
-    torch.library.register_fake(f"fp4_columns::quantize_{name}", quantized_shapes, lib=library)
+    torch.library.register_fake(f"fp4_columns::quantize_{name}", shapes_of_quantize, lib=library)
     torch.library.register_fake(f"fp4_columns::unrotate_{name}", unrotated_shape, lib=library)
     namespace = torch.ops.fp4_columns
     return Ops(getattr(namespace, f"quantize_{name}").default,

@@ -25,6 +25,7 @@ four neighbouring lanes. Where blocks are square, all lanes lie below one anothe
     row 1     lane 4              lane 5               lane 6               lane 7
 */
 #pragma once
+#include <type_traits>
 #include "mxfp4.cuh"
 
 namespace columns {
@@ -181,17 +182,27 @@ HOST_DEVICE void sum_blocks(Values<Lanes>& terms, PerBlock<Lanes>& sums) {
 
 // ---- rounding
 
-struct ElementGrid {
-  int mantissa_bits;
-  int min_exponent;     // below 2^min_exponent the steps stay as they are
-  float max_value;
+// Below 2^MIN_EXPONENT the steps stay as they are.
+struct E2M1 {
+  static constexpr int MANTISSA_BITS = 1;
+  static constexpr int MIN_EXPONENT = 0;
+  static constexpr float MAX_VALUE = 6;
 };
 
-constexpr ElementGrid E2M1 = {1, 0, 6};
-constexpr ElementGrid E4M3 = {3, -6, 448};
-constexpr ElementGrid INT4 = {2, 2, 7};
-constexpr ElementGrid ELEMENTS =
-    FORMAT == Format::mxfp8 ? E4M3 : FORMAT == Format::int4 ? INT4 : E2M1;
+struct E4M3 {
+  static constexpr int MANTISSA_BITS = 3;
+  static constexpr int MIN_EXPONENT = -6;
+  static constexpr float MAX_VALUE = 448;
+};
+
+struct Int4 {
+  static constexpr int MANTISSA_BITS = 2;
+  static constexpr int MIN_EXPONENT = 2;
+  static constexpr float MAX_VALUE = 7;
+};
+
+using Float4Or8 = std::conditional_t<FORMAT == Format::mxfp8, E4M3, E2M1>;
+using Elements = std::conditional_t<FORMAT == Format::int4, Int4, Float4Or8>;
 
 // What both ways of rounding need. Let p be the power of two below the magnitude, where the grid
 // has steps of p / 2^mantissa_bits. Floats around 1.5 * 2^(23 - mantissa_bits) p have the same
@@ -202,28 +213,31 @@ struct Rounded {
   float step;
 };
 
-HOST_DEVICE Rounded round_magnitude(float u, const ElementGrid& grid) {
+template <class Grid>
+HOST_DEVICE Rounded round_magnitude(float u) {
   const float unclipped = fabsf(u);
-  const float magnitude = unclipped > grid.max_value ? grid.max_value : unclipped;
-  const uint32_t smallest = uint32_t(127 + grid.min_exponent) << 23;
+  const float magnitude = unclipped > Grid::MAX_VALUE ? Grid::MAX_VALUE : unclipped;
+  const uint32_t smallest = uint32_t(127 + Grid::MIN_EXPONENT) << 23;
   const uint32_t below = bits_of(magnitude) & EXPONENT_BITS;
   const uint32_t p = below > smallest ? below : smallest;
-  const uint32_t exponent_of_magic = uint32_t(23 - grid.mantissa_bits) << 23;
+  const uint32_t exponent_of_magic = uint32_t(23 - Grid::MANTISSA_BITS) << 23;
   const float magic = float_of(p + exponent_of_magic + 0x400000u);
-  const float step = float_of(p - (uint32_t(grid.mantissa_bits) << 23));
+  const float step = float_of(p - (uint32_t(Grid::MANTISSA_BITS) << 23));
   return {magnitude, (magnitude + magic) - magic, step};
 }
 
 HOST_DEVICE float with_sign(float u, float magnitude) { return u < 0 ? -magnitude : magnitude; }
 
-HOST_DEVICE float to_grid(float u, const ElementGrid& grid) {
-  return with_sign(u, round_magnitude(u, grid).nearest);
+template <class Grid>
+HOST_DEVICE float to_grid(float u) {
+  return with_sign(u, round_magnitude<Grid>(u).nearest);
 }
 
 // Rounds to the upper neighbour if what lies between u and the lower one reaches the threshold.
 // `noise` is a byte.
-HOST_DEVICE float to_grid(float u, const ElementGrid& grid, int noise) {
-  const Rounded r = round_magnitude(u, grid);
+template <class Grid>
+HOST_DEVICE float to_grid(float u, int noise) {
+  const Rounded r = round_magnitude<Grid>(u);
   const float threshold = r.step * ((255.5f - noise) / 256);
   const float rest = r.magnitude - r.nearest;       // negative if the nearest is the upper one
   const float down = rest < threshold - r.step ? r.step : 0;
@@ -253,8 +267,8 @@ HOST_DEVICE int noise_of(const Noise<Lanes>& noise, int i, int w) {
 template <class Lanes>
 HOST_DEVICE float round_element(float u, const Noise<Lanes>& noise, int i, int w) {
   if (IS_STOCHASTIC)
-    return to_grid(u, ELEMENTS, noise_of<Lanes>(noise, i, w));
-  return to_grid(u, ELEMENTS);
+    return to_grid<Elements>(u, noise_of<Lanes>(noise, i, w));
+  return to_grid<Elements>(u);
 }
 
 // ---- what the quantisers below return, beside the values, which take the place of v
@@ -291,7 +305,7 @@ HOST_DEVICE void mse_exponents(
     UNROLL for (int i = 0; i < 32; i++)
       for (int w = 0; w < Lanes::W; w++) {
         const float scale = normal_pow2(exponent(largest[w]) - 3 + candidate);
-        const float difference = to_grid(v[i][w] * (1 / scale), E2M1) * scale - v[i][w];
+        const float difference = to_grid<E2M1>(v[i][w] * (1 / scale)) * scale - v[i][w];
         terms[i][w] = difference * difference;
       }
     sum_blocks<Lanes>(terms, error);
@@ -359,7 +373,7 @@ HOST_DEVICE void quantize_mx(
       const float u = scaled(v[i][w], scale[w], inverse[w]);
       const float q = round_element<Lanes>(u, noise, i, w) * scale[w];
       if (HAS_MASK)
-        out.mask[w] |= uint32_t(fabsf(u) < ELEMENTS.max_value) << i;
+        out.mask[w] |= uint32_t(fabsf(u) < Elements::MAX_VALUE) << i;
       if (IS_EDEN)
         terms[i][w] = v[i][w] * q;
       v[i][w] = q;
@@ -398,7 +412,7 @@ HOST_DEVICE float nvfp4_tensor_scale(float largest) {
 }
 
 HOST_DEVICE float nvfp4_block_scale(float largest, float tensor_scale, double largest_element) {
-  const float scale = to_grid(largest / (float(largest_element) * tensor_scale), E4M3);
+  const float scale = to_grid<E4M3>(largest / (float(largest_element) * tensor_scale));
   return scale == 0 ? 1 : scale;
 }
 
@@ -413,7 +427,7 @@ HOST_DEVICE void nvfp4_errors(
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < Lanes::W; w++) {
       const float s = scale[i / BLOCK_SIZE][w];
-      const float q = to_grid(v[i][w] / (s * tensor_scale), E2M1);
+      const float q = to_grid<E2M1>(v[i][w] / (s * tensor_scale));
       const float difference = q * s * tensor_scale - v[i][w];
       terms[i][w] = difference * difference;
     }
@@ -455,7 +469,7 @@ HOST_DEVICE void correct_scales(
   UNROLL for (int b = 0; b < BLOCKS; b++)
     for (int w = 0; w < Lanes::W; w++) {
       const float corrected = scale[b][w] * eden_correction(vv[b][w], vq[b][w]);
-      scale[b][w] = to_grid(corrected, E4M3, noise_of<Lanes>(noise, b * BLOCK_SIZE, w));
+      scale[b][w] = to_grid<E4M3>(corrected, noise_of<Lanes>(noise, b * BLOCK_SIZE, w));
     }
 }
 

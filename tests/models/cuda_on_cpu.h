@@ -220,6 +220,12 @@ template <class T> T __shfl_xor_sync(unsigned, T x, int i) {
   return shuffle(x, thread_number() ^ i);
 }
 
+inline int atomicMax(int* p, int x) {
+  const int before = *p;
+  *p = max(before, x);
+  return before;
+}
+
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;

@@ -1,0 +1,291 @@
+/*
+The quantiser of a GemmSpec on a GPU. columns.cuh has its arithmetic; here a lane is a thread, which
+has its 32 values in registers from the load to the store.
+
+A CUDA block makes a tile of the operand, 64 rows of 128 values. A matrix that lies in memory as it
+is needed is read directly. Of a transposed one, the tile goes through shared memory: it is copied
+there in whole rows of the matrix, and read from there in columns. Nothing is written but the
+results.
+
+    quantize_kernel     load, rotate, find scales, round, store
+    largest_kernel      load, rotate, find the largest magnitude: the pass before it, for NVFP4
+    row_factor_kernel   the pass after it: EDEN's factor of a row, for other formats
+    unrotate_kernel     a gradient: factors, mask, and the rotation undone
+
+    nvcc -O3 -fmad=false -DCOLUMN_FORMAT=nvfp4 ... -c quantize_columns.cu
+*/
+#include <type_traits>
+#include "block_io.cuh"
+#include "columns.cuh"
+#include "columns.h"
+
+using namespace columns;
+using COLUMN_NAME::Quantization;
+using COLUMN_NAME::Unrotation;
+
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int TILE_ROWS = 64;
+constexpr int TILE_COLUMNS = 128;
+constexpr int WARPS_ACROSS = TILE_COLUMNS / WARP_COLUMNS;
+static_assert(TILE_ROWS * TILE_COLUMNS == 32 * THREADS);
+
+struct Warp {
+  static constexpr int W = 1;
+
+  static __device__ int lane(int) { return threadIdx.x % 32; }
+
+  static __device__ void exchange(const float (&x)[1], int n, float (&other)[1]) {
+    other[0] = __shfl_xor_sync(0xFFFFFFFFu, x[0], n);
+  }
+};
+
+// ---- what a thread owns
+
+struct Place {
+  int tile_row;             // in the tile
+  int tile_column;
+  int64_t row;              // in the operand
+  int64_t column;
+};
+
+__device__ Place place_of_thread() {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int tile_row = warp / WARPS_ACROSS * WARP_ROWS + row_of_lane(lane);
+  const int tile_column = warp % WARPS_ACROSS * WARP_COLUMNS + column_of_lane(lane);
+  return {tile_row, tile_column, int64_t(blockIdx.x) * TILE_ROWS + tile_row,
+          int64_t(blockIdx.y) * TILE_COLUMNS + tile_column};
+}
+
+__device__ void sign_word(const int64_t* signs, int64_t column, uint32_t (&word)[1]) {
+  word[0] = SIGNS == Signs::none ? 0 : signs_of_lane(signs, column);
+}
+
+// ---- a transposed tile in shared memory
+
+// 128 rows of 64 values of the matrix, of which a thread reads 32 below one another. After each 32
+// rows there is room for 8 values: at a time, a warp reads 8 neighbours in 4 rows, 32 rows apart,
+// and the room moves each of the 4 rows to other memory banks.
+template <class T>
+struct Tile {
+  static constexpr int CHUNK = 16 / sizeof(T);          // values that a thread copies at a time
+  static constexpr int CHUNKS_A_ROW = TILE_ROWS / CHUNK;
+  static constexpr int QUARTER = 32 * TILE_ROWS + 8;
+
+  T values[4 * QUARTER];
+
+  __device__ T* at(int row, int column) {
+    return values + row / 32 * QUARTER + row % 32 * TILE_ROWS + column;
+  }
+
+  // Copies the tile whose corner is (row0, column0) of x [rows, columns]; beyond x it is zero.
+  __device__ void fill(
+      const T* x, int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
+    UNROLL for (int i = 0; i < TILE_COLUMNS * CHUNKS_A_ROW / THREADS; i++) {
+      const int chunk = threadIdx.x + i * THREADS;
+      const int row = chunk / CHUNKS_A_ROW;
+      const int column = chunk % CHUNKS_A_ROW * CHUNK;
+      const bool inside = row0 + row < rows && column0 + column < columns;
+      const T* from = x + (row0 + row) * columns + column0 + column;
+      const uint4 zeros = make_uint4(0, 0, 0, 0);
+      *(uint4*)at(row, column) = inside ? *(const uint4*)from : zeros;
+    }
+  }
+};
+
+// ---- loading
+
+// Loads the first n of 32 values of a row; the others become zero.
+template <class T>
+__device__ void load_row(const T* x, int64_t n, Block32& v) {
+  if (n >= 32) {
+    load(x, v);
+    return;
+  }
+  UNROLL for (int i = 0; i < 32; i++)
+    v[i][0] = i < n ? to_float(x[i]) : 0;
+}
+
+// Multiplies by the factor of a matrix, or by those of its rows.
+template <bool transposed>
+__device__ void apply_factor(const Quantization& op, const Place& place, Block32& v) {
+  if (transposed && op.factor_by_row) {
+    UNROLL for (int i = 0; i < 32; i++)
+      if (place.column + i < op.columns)
+        v[i][0] *= op.factor[place.column + i];
+    return;
+  }
+  if (op.factor_by_row && place.row >= op.rows)
+    return;
+  const float factor = op.factor[op.factor_by_row ? place.row : 0];
+  UNROLL for (int i = 0; i < 32; i++)
+    v[i][0] *= factor;
+}
+
+template <bool transposed, class T>
+__device__ void load_rotated(const Quantization& op, const T* x, const Place& place, Block32& v) {
+  if constexpr (transposed) {
+    __shared__ __align__(16) Tile<T> tile;
+    tile.fill(x, op.columns, op.rows, place.column - place.tile_column,
+              place.row - place.tile_row);
+    __syncthreads();
+    const T* values = tile.at(place.tile_column, place.tile_row);
+    UNROLL for (int i = 0; i < 32; i++)
+      v[i][0] = to_float(values[i * TILE_ROWS]);
+  } else {
+    const int64_t n = place.row < op.rows ? op.columns - place.column : 0;
+    load_row(x + place.row * op.columns + place.column, n, v);
+  }
+  if (op.factor)
+    apply_factor<transposed>(op, place, v);
+  uint32_t signs[1];
+  sign_word(op.signs, place.column, signs);
+  rotate<Warp>(v, signs);
+}
+
+// ---- the kernels
+
+template <bool transposed, class T>
+__global__ void __launch_bounds__(THREADS) largest_kernel(Quantization op, const T* x) {
+  const Place place = place_of_thread();
+  Block32 v;
+  float largest[1];
+  float other[1];
+  load_rotated<transposed>(op, x, place, v);
+  max_magnitude(v, largest);
+  UNROLL for (int n = 1; n < 32; n *= 2) {
+    Warp::exchange(largest, n, other);
+    largest[0] = larger(largest[0], other[0]);
+  }
+  if (threadIdx.x % 32 == 0)
+    atomicMax((int*)op.scratch, int(bits_of(largest[0])));      // as integers: NaN is the largest
+}
+
+template <bool transposed, class T, class U>
+__global__ void __launch_bounds__(THREADS) quantize_kernel(
+    Quantization op, const T* x, U* values) {
+  const Place place = place_of_thread();
+  const bool inside = place.row < op.rows && place.column < op.padded;
+  const int64_t first[1] = {place.row * op.padded + place.column};
+  Block32 v;
+  Noise<Warp> noise;
+  Quantized<Warp> out;
+  load_rotated<transposed>(op, x, place, v);
+  if (IS_RANDOM)
+    draw_noise<Warp>(op.seed[0], first, noise);
+
+  float factor = CONSTANT_FACTOR;
+  if (IS_NVFP4) {
+    factor = nvfp4_tensor_scale(op.scratch[0]);
+    quantize_nvfp4<Warp>(v, factor, noise);
+  } else {
+    quantize_mx<Warp>(v, noise, out);
+  }
+
+  if (!HAS_ROW_FACTOR && blockIdx.x + blockIdx.y + threadIdx.x == 0)
+    op.out_factor[0] = factor;
+  if (!inside)
+    return;
+  store(values + first[0], v);
+  const int64_t block = first[0] / 32;
+  if (HAS_MASK)
+    op.mask[block] = out.mask[0];
+  if (HAS_ROW_FACTOR) {
+    op.scratch[block] = out.vv[0];
+    op.scratch[op.rows * op.padded / 32 + block] = out.vq[0];
+  }
+}
+
+// A CUDA block adds up a row, in place.
+__global__ void __launch_bounds__(THREADS) row_factor_kernel(Quantization op) {
+  const int64_t blocks = op.padded / 32;
+  float* vv = op.scratch + blockIdx.x * blocks;
+  float* vq = vv + op.rows * blocks;
+  for (int64_t stride = 1; stride < blocks; stride *= 2) {
+    for (int64_t i = 2 * stride * threadIdx.x; i < blocks; i += 2 * stride * THREADS) {
+      add_pair(vv, blocks, i, stride);
+      add_pair(vq, blocks, i, stride);
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0)
+    op.out_factor[blockIdx.x] = eden_correction(vv[0], vq[0]);
+}
+
+template <class T, class U>
+__global__ void __launch_bounds__(THREADS) unrotate_kernel(
+    Unrotation op, const T* product, U* out) {
+  const Place place = place_of_thread();
+  const bool inside = place.row < op.rows && place.column < op.columns;
+  const int64_t first = place.row * op.columns + place.column;
+  Block32 v = {};
+  if (inside) {
+    load(product + first, v);
+    const float left = op.left[op.left_by_row ? place.row : 0];
+    const uint32_t mask = HAS_MASK ? op.mask[first / 32] : 0;
+    UNROLL for (int i = 0; i < 32; i++) {
+      v[i][0] *= left * op.right[op.right_by_column ? place.column + i : 0];
+      if (HAS_MASK)
+        v[i][0] *= float((mask >> i) & 1);
+    }
+  }
+  uint32_t signs[1];
+  sign_word(op.signs, place.column, signs);
+  rotate<Warp, true>(v, signs);
+  if (inside)
+    store(out + first, v);
+}
+
+// ---- launches
+
+dim3 grid_of(int64_t rows, int64_t columns) {
+  return dim3(unsigned(ceil_div(rows, TILE_ROWS)), unsigned(ceil_div(columns, TILE_COLUMNS)));
+}
+
+template <bool transposed, class T>
+void launch_quantize(const Quantization& op, const T* x) {
+  const cudaStream_t stream = (cudaStream_t)op.stream;
+  const dim3 grid = grid_of(op.rows, op.padded);
+  if constexpr (IS_NVFP4)
+    largest_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x);
+  with_dtype(op.values, [=](auto* values) {
+    quantize_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x, values);
+  });
+  if constexpr (HAS_ROW_FACTOR)
+    row_factor_kernel<<<unsigned(op.rows), THREADS, 0, stream>>>(op);
+}
+
+}  // namespace
+
+namespace COLUMN_NAME {
+
+void quantize_on_gpu(const Quantization& op) {
+  if (!op.rows || !op.padded)
+    return;
+  with_dtype(op.x, [=](auto* x) {
+    if (op.transposed)
+      launch_quantize<true>(op, x);
+    else
+      launch_quantize<false>(op, x);
+  });
+}
+
+void unrotate_on_gpu(const Unrotation& op) {
+  if (!op.rows || !op.columns)
+    return;
+  with_dtype(op.product, [=](auto* product) {
+    with_dtype(op.out, [=](auto* out) {
+      unrotate_kernel<<<grid_of(op.rows, op.columns), THREADS, 0, (cudaStream_t)op.stream>>>(
+          op, product, out);
+    });
+  });
+}
+
+}  // namespace COLUMN_NAME
+
+const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
