@@ -90,22 +90,37 @@ def load_kernels(gemm):
     return backend
 
 
-def load_columns(name, flags):
-    """Loads the ops of one GemmSpec, which emulate/columns.py defines and has named.
+def load_columns(spec, square):
+    """Loads the ops of one GemmSpec, which emulate/columns.py defines. Raises a BUILD_ERRORS.
 
-    flags       the macros of kernels/columns.cuh
-    Raises one of BUILD_ERRORS.
+    square      whether its blocks are square
     """
     import torch
 
     sources = COLUMN_CPU_SOURCES
+    flags = column_flags(spec, square)
     target = ""
     if torch.cuda.is_available():
         sources = (*COLUMN_CPU_SOURCES, *COLUMN_CUDA_SOURCES)
         flags = ("-DUSE_CUDA", *flags)
         major, minor = torch.cuda.get_device_capability()
         target = f"{major}{minor}"
-    compile_and_load(sources, tuple(flags), target, f"the quantiser {name}")
+    compile_and_load(sources, flags, target, f"the quantiser {columns_name(spec, square)}")
+
+
+def columns_name(spec, square):
+    """Returns a name for the quantiser of a GemmSpec, such as nvfp4_absmax_128_before_eden."""
+    columns = (spec.format, spec.scale, spec.rotation, spec.signs, spec.rounding)
+    words = [str(column).replace("-", "_") for column in columns]
+    return "_".join(words + ["square"] * square)
+
+
+def column_flags(spec, square):
+    """Returns the macros that kernels/columns.cuh reads."""
+    macros = dict(FORMAT=spec.format, SCALE=spec.scale.replace("-", "_"), ROTATION=spec.rotation,
+                  SIGNS=spec.signs, ROUNDING=spec.rounding, SQUARE=int(square),
+                  NAME=columns_name(spec, square))
+    return tuple(f"-DCOLUMN_{macro}={value}" for macro, value in macros.items())
 
 
 def compile_and_load(sources, flags, target="", subject="its kernels"):
@@ -141,7 +156,7 @@ def compile_library(folder, sources, flags, target, subject):
     os.makedirs(folder)
     environment = toolchain.environment(folder, target)
     machine = f"this processor and its GPU (sm_{target})" if target else "this processor"
-    duration = "half a minute" if target else "10 seconds"
+    duration = "half a minute" if CUDA_SOURCES[0] in sources else "10 seconds"
     print(f"fp4 compiles {subject} for {machine}, which takes about {duration}", file=sys.stderr)
     with toolchain.cpp_extension(environment) as cpp_extension:
         cpp_extension.load(

@@ -156,6 +156,8 @@ class Linear(nn.Linear):
         self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
         if backend is None and self.has_kernels:
             backend = build()
+        if not self.has_kernels:
+            emulate.prepare(recipe)
         self.backend = backend
         self.stored = None
         self.strip = None           # sharded.py: of a weight that is spread over processes

@@ -1140,6 +1140,15 @@ def test_a_cu_named_after_a_machine_is_compiled_for_it_and_every_other_for_all(c
     assert done.stdout.count(" s\n") == 14
 
 
+def test_the_kernels_of_a_gemm_spec_are_compiled_for_several(compile):
+    done, jobs, log = compile("quantize_columns.cu")
+    assert done.returncode == 0, done.stderr
+    assert len(jobs) == 9 and done.stdout.count(" s\n") == 27
+    for name in ("nvfp4_absmax_128_before_eden", "nvfp4_four_six_0_none_nearest_square",
+                 "mxfp4_absmax34_32_before_stochastic"):
+        assert log.count(f"-DCOLUMN_NAME={name} ") == 9
+
+
 def test_one_failed_compilation_fails_make_compile(compile):
     assert compile("quantize.cu", "gemm_sm90.cu", fails="sm_120a")[0].returncode == 2
 
@@ -1155,6 +1164,12 @@ def test_the_sanitizer_sees_every_op():
     ops = {name.split("::")[1] for name in names if name.startswith("fp4::")}
     calls = sanitize.calls(33, 160, torch.float32, "fp8")
     assert emulate and {name for name, _ in calls} == ops - sanitize.NO_KERNEL
+
+
+def test_the_sanitizer_s_calls_of_quantisers_are_calls_that_their_ops_take():
+    for M, K in sanitize.SHAPES:
+        for op, arguments in sanitize.column_calls(M, K, torch.bfloat16):
+            op(*arguments)
 
 
 @pytest.mark.parametrize("operand_format", ["fp8", "mxf4"])
@@ -1179,7 +1194,7 @@ def test_the_sanitizer_s_calls_are_calls_that_the_ops_take(M, K):
 
 def test_every_kernel_that_is_built_is_where_the_sanitizer_looks_in_an_unnamed_namespace():
     from fp4 import backend, build
-    sources = set(build.__globals__["CUDA_SOURCES"])
+    sources = {*build.__globals__["CUDA_SOURCES"], *build.__globals__["COLUMN_CUDA_SOURCES"]}
     for capability in ((7, 5), (9, 0), (10, 0), (12, 0)):
         gemm = "auto" if capability == (7, 5) else "own"
         sources |= set(backend.select_backend(capability, gemm).sources)

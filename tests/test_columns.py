@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fp4 import reference
+from fp4.build import columns_name
 from fp4.emulate import columns, quantizers
 from fp4.recipes import SCALE_RULES, GemmSpec, validate
 from operands import at_the_edge_of_a_scale, same, ugly_values
@@ -104,7 +105,7 @@ def is_allowed(spec):
 
 
 QUANTISERS = every_quantiser()
-NAMES = [columns.name_of(*quantiser) for quantiser in QUANTISERS]
+NAMES = [columns_name(*quantiser) for quantiser in QUANTISERS]
 each_quantiser = pytest.mark.parametrize("spec, square", QUANTISERS, ids=NAMES)
 
 
@@ -112,7 +113,7 @@ each_quantiser = pytest.mark.parametrize("spec, square", QUANTISERS, ids=NAMES)
 def load(monkeypatch):
     "load(spec, square): its ops; where none was compiled, the test is skipped"
     def load(spec, square=False):
-        name = columns.name_of(spec, square)
+        name = columns_name(spec, square)
         if not columns.ops.get(name):
             columns.ops[name] = columns.load_or_fall_back(spec, square)
         if columns.ops[name] is None:

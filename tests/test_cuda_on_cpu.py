@@ -21,6 +21,7 @@ import torch
 
 from fp4 import reference
 from fp4.backend import swizzle_scales
+from fp4.build import column_flags
 from fp4.emulate import columns
 from fp4.ops import SIGN_ORDERS, Packed
 from fp4.recipes import GemmSpec
@@ -388,7 +389,7 @@ COLUMN_SOURCES = ["quantize_columns.cu", "columns_on_cpu.cpp"]
 
 def column_kernels(folder, spec, square, mistake=None):
     write_translation(folder, mistake)
-    flags = columns.flags_of(spec, square)
+    flags = column_flags(spec, square)
     return link(folder, compile_missing(folder, COLUMN_SOURCES, flags))
 
 
@@ -401,7 +402,7 @@ class ColumnOps(NamedTuple):
         rows, k = x.T.shape if transposed else x.shape
         results = columns.quantized_shapes(self.spec, x, transposed, dtype)
         values, out_factor, mask = (torch.full_like(t, 77) for t in results)
-        scratch = torch.zeros(2 * values.numel() // 32)
+        scratch = torch.full((2 * values.numel() // 32,), 77.)
         by_row = factor is not None and factor.numel() > 1
         call(self.kernels.quantize, x, x.dtype == torch.bfloat16, transposed, rows, k,
              values.shape[1], factor, by_row, signs, seed, values, dtype == torch.bfloat16,

@@ -10,6 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fp4.build import column_flags
+from fp4.recipes import EDEN, SQUARE_46, STOCHASTIC
 from fp4.toolchain import NVCC_FLAGS, find_nvcc, gencode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +20,9 @@ EVERY_GPU = ("75", "80", "89", "90", "90a", "100", "100a", "120", "120a")
 BY_ARCHITECTURE = {"sm90": ("90a",), "sm100": ("100a", "103a"), "sm120": ("120a", "121a")}
 LESSONS = {"product_3": ("89", "90a", "120a"), "product_4": ("90a",)}
 EVERY_LESSON = ("75", "90a", "120a")    # any other
+# quantize_columns.cu is compiled for one GemmSpec at a time; these use all that is in it.
+COLUMN_FLAGS = [column_flags(EDEN, False), column_flags(SQUARE_46, True),
+                column_flags(STOCHASTIC, False)]
 
 
 def main(argv):
@@ -28,7 +33,8 @@ def main(argv):
         print("compile:", error, file=sys.stderr)
         return 2
     paths = [*ROOT.glob("fp4/kernels/*.cu"), *ROOT.glob("fp4/kernels/lessons/[!e]*.cu")]
-    jobs = [(nvcc, path, gpu) for path in sorted(paths) for gpu in gpus_of(path)]
+    jobs = [(nvcc, path, gpu, flags) for path in sorted(paths) for gpu in gpus_of(path)
+            for flags in flags_of(path)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_kernel, jobs))
     return 0 if all(results) else 1
@@ -41,12 +47,15 @@ def gpus_of(path):
     return BY_ARCHITECTURE.get(path.stem.split("_")[-1], EVERY_GPU)
 
 
+def flags_of(path): return COLUMN_FLAGS if path.stem == "quantize_columns" else [()]
+
+
 def compile_kernel(job):
-    nvcc, path, gpu = job
+    nvcc, path, gpu, flags = job
     name = path.relative_to(ROOT)
     start = time.perf_counter()
-    command = [nvcc, *NVCC_FLAGS, "-Werror", "all-warnings", gencode(gpu), "-c", str(name),
-               "-o", os.devnull]
+    command = [nvcc, *NVCC_FLAGS, *flags, "-Werror", "all-warnings", gencode(gpu),
+               "-c", str(name), "-o", os.devnull]
     succeeded = subprocess.run(command, cwd=ROOT).returncode == 0
     outcome = f"{time.perf_counter() - start:.0f} s" if succeeded else "failed"
     print(f"{name} for sm_{gpu}: {outcome}", flush=True)

@@ -40,6 +40,7 @@ import torch
 
 import fp4
 from fp4 import reference
+from fp4.emulate import columns
 from fp4.ops import OPERAND_FORMATS, SCALES, SIGN_ORDERS
 
 SHAPES = [(1, 32), (33, 160), (100, 544), (3, 1056)]
@@ -53,10 +54,13 @@ TOOLS = {
 PLANTED = {"memcheck": "Invalid __global__", "initcheck": "Uninitialized __global__"}
 USES_TMA = {"gemm", "quantize_gemm", "gemm_unrotate"}   # where the GEMM is gemm_sm90.cu
 # Ops that are written in PyTorch.
-NO_KERNEL = {"draw", "uniform", "mm_fp8", "quantize_gemm_stored"}
+NO_KERNEL = {"draw", "words", "uniform", "mm_fp8", "quantize_gemm_stored"}
 FLOOR = SCALES.index("floor")                   # an op takes the numbers of words
 BEFORE = SIGN_ORDERS.index("before")
 ALPHA = 16 / 9
+# Rows whose quantisers, compiled for their columns alone, use all kernels of quantize_columns.cu.
+COLUMN_ROWS = [fp4.RECIPES["quartet2"], fp4.RECIPES["nvfp4"],
+               fp4.recipe("fp4", rotation="64", rounding="eden")]
 
 
 # ---- what is called
@@ -113,6 +117,23 @@ def gemm_calls(x, codes, scales, mask, operand_format):
     yield "quantize_gemm", (x, FLOOR, w_codes, w_scales)
 
 
+def column_calls(M, K, dtype):
+    """Yields the ops of COLUMN_ROWS, with their arguments on the CPU."""
+    x = torch.randn(M, K).to(dtype)
+    words = torch.randint(-2 ** 63, 2 ** 63 - 1, (3,))
+    signs = words[:2]
+    by_row = torch.rand(M, 1)
+    product = columns.pad_to_blocks(x, COLUMN_ROWS[0].dgrad)
+    mask = torch.randint(2 ** 31, (M, product.shape[1] // 32), dtype=torch.int32)
+    for row in COLUMN_ROWS:
+        columns.prepare(row)
+        for spec, square in columns.quantizers_of(row):
+            ops = columns.ops[columns.columns_name(spec, square)]
+            for transposed, factor in ((False, None), (True, by_row)):
+                yield ops.quantize, (x, factor, signs, words[2:], transposed, dtype)
+            yield ops.unrotate, (product, by_row, by_row[:1], mask, signs, torch.float32)
+
+
 # ---- in the process that is watched
 
 def plant_error(tool):
@@ -131,12 +152,20 @@ def call_everything(tool, operand_format):
             for name, arguments in calls(M, K, dtype, operand_format):
                 if is_skipped(tool, operand_format, (M, K), name, arguments):
                     continue
-                on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-                results = getattr(torch.ops.fp4, name)(*on_gpu)
-                if isinstance(results, torch.Tensor):
-                    results = [results]
-                for tensor in results:
-                    tensor.cpu()
+                call_on_gpu(getattr(torch.ops.fp4, name), arguments)
+    for M, K in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for op, arguments in column_calls(M, K, dtype):
+                call_on_gpu(op, arguments)
+
+
+def call_on_gpu(op, arguments):
+    on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+    results = op(*on_gpu)
+    if isinstance(results, torch.Tensor):
+        results = [results]
+    for tensor in results:
+        tensor.cpu()
 
 
 def is_skipped(tool, operand_format, shape, name, arguments):

@@ -1,7 +1,9 @@
 """
-Every recipe that no kernel computes, in plain PyTorch.
+Every recipe that the MXFP4 kernels do not compute. An ordinary matmul multiplies its operands.
 
     matmul.py        the three products of a linear layer, as the columns of a recipe describe them
+    columns.py       the quantiser of their operands: its definition, and its kernel, which is
+                     compiled for the columns alone
     quantizers.py    the number formats, and how a block of numbers finds its scale
     fp8.py           the method "fp8"
     baselines.py     the methods that Quartet was compared with
@@ -10,4 +12,5 @@ Matmul is the one autograd Function for all of them: it looks the method of a re
 matmul.METHODS. Importing this package is what registers "fp8" and the baselines there.
 """
 from . import baselines
+from .columns import prepare
 from .matmul import Matmul

@@ -18,7 +18,6 @@ Random numbers are words of 64 bits, drawn in the backward pass. Two of them are
 rotation: bit i % 64 of word i // 64 negates element i. Another one is the seed of an operand's
 noise; its elements take their bytes as in reference.py.
 """
-import importlib
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,9 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
+from ..build import BUILD_ERRORS, columns_name, first_line, load_columns
 from .quantizers import CLIPS_ON_PURPOSE, quantize
-
-build = importlib.import_module("..build", __package__)     # fp4.build is its function
 
 SIGN_WORDS = 2                      # 128 signs, for the longest rotation; a shorter one reads fewer
 BLOCK = 32                          # Axes are padded to it: the blocks of all formats divide it.
@@ -69,7 +67,7 @@ def rotate(v, n, signs=None, signs_after=False):
 
 
 def rotate_for(v, spec, signs, undo=False):
-    """Rotates v as spec says, or undoes that. signs int64 [SIGN_WORDS], or None if spec has none."""
+    """Rotates v as spec says, or undoes that. signs int64 [SIGN_WORDS]; None if spec has none."""
     if spec.signs == "none":
         return rotate(v, spec.rotation)
     signs_after = spec.signs == "after"
@@ -98,7 +96,7 @@ def quantize_by_definition(x, factor, signs, seed, transposed, dtype, spec, squa
         mask = torch.empty(0, dtype=torch.int32, device=x.device)
     else:
         mask = reference.bits(mask.unflatten(-1, (-1, BLOCK)))
-    return values.to(dtype), factor, mask
+    return values.to(dtype).contiguous(), factor, mask
 
 
 def unrotate_by_definition(product, left, right, mask, signs, dtype, spec):
@@ -129,7 +127,7 @@ def prepare(recipe):
     Where that fails, it prints a line that says why, and the definition runs.
     """
     for spec, square in quantizers_of(recipe):
-        name = name_of(spec, square)
+        name = columns_name(spec, square)
         if name not in ops:
             ops[name] = load_or_fall_back(spec, square) if has_kernel(spec, square) else None
 
@@ -155,27 +153,13 @@ def has_kernel(spec, square):
     return spec.scale in KERNEL_SCALES and (fits_square or not square)
 
 
-def name_of(spec, square):
-    columns = (spec.format, spec.scale, spec.rotation, spec.signs, spec.rounding)
-    words = [str(column).replace("-", "_") for column in columns]
-    return "_".join(words + ["square"] * square)
-
-
-def flags_of(spec, square):
-    """Returns the macros that kernels/columns.cuh reads."""
-    macros = dict(FORMAT=spec.format, SCALE=spec.scale.replace("-", "_"), ROTATION=spec.rotation,
-                  SIGNS=spec.signs, ROUNDING=spec.rounding, SQUARE=int(square),
-                  NAME=name_of(spec, square))
-    return [f"-DCOLUMN_{macro}={value}" for macro, value in macros.items()]
-
-
 def load_or_fall_back(spec, square):
-    name = name_of(spec, square)
+    name = columns_name(spec, square)
     try:
-        build.load_columns(name, flags_of(spec, square))
-    except build.BUILD_ERRORS as error:
+        load_columns(spec, square)
+    except BUILD_ERRORS as error:
         print(f"fp4 quantises {name} in PyTorch, which is slow, because its kernel did not build:",
-              build.first_line(error), file=sys.stderr)
+              first_line(error), file=sys.stderr)
         return None
     return define_ops(name, spec)
 
@@ -224,7 +208,7 @@ def quantize_operand(matrix, spec, transposed, factor, square, signs, seed, dtyp
     returns     values [R, K padded] in dtype, factor float32 [1, 1] or [R, 1], mask int32
                 [R, K padded / 32] or [0]
     """
-    compiled = ops.get(name_of(spec, square))
+    compiled = ops.get(columns_name(spec, square))
     if compiled is None:
         return quantize_by_definition(matrix, factor, signs, seed, transposed, dtype, spec, square)
     return compiled.quantize(matrix.contiguous(), factor, signs, seed, transposed, dtype)
@@ -239,7 +223,7 @@ def unrotate(product, left, right, mask, signs, dtype, spec):
     signs           int64 [SIGN_WORDS], or None where spec has none
     returns         [M, K] in dtype
     """
-    compiled = ops.get(name_of(spec, square=False))
+    compiled = ops.get(columns_name(spec, square=False))
     if compiled is None:
         return unrotate_by_definition(product, left, right, mask, signs, dtype, spec)
     return compiled.unrotate(product, left, right, mask, signs, dtype)

@@ -44,8 +44,13 @@ from .columns import SIGN_WORDS, pad_to_blocks, rotate_for
 lib = torch.library.Library("fp4", "FRAGMENT")
 lib.define("words(Tensor dy, Tensor x, int n) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
-def draw_words(dy, x, n): return torch.randint(-2 ** 63, 2 ** 63 - 1, (n,), device=dy.device)
+
+def draw_words(dy, x, n):
+    return torch.randint(-2 ** 63, 2 ** 63 - 1, (n,), device=dy.device)
+
+
 def words_shape(dy, x, n): return dy.new_empty(n, dtype=torch.int64)
+
 
 lib.impl("words", draw_words, "CompositeExplicitAutograd")
 torch.library.register_fake("fp4::words", words_shape, lib=lib)

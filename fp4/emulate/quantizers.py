@@ -114,7 +114,7 @@ def total(v):
 
 
 def divide(v, number):
-    """Returns v / number. On a GPU torch would multiply by the number's inverse, which it rounds."""
+    """Returns v / number, rounded once. A GPU would multiply by an inverse, rounded as well."""
     return v / torch.full_like(v, number)
 
 

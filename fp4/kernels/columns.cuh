@@ -82,10 +82,18 @@ using Noise = uint32_t[8][Lanes::W];    // a byte an element
 
 // ---- rotations
 
-constexpr float ROTATION_NORM = ROTATION == 16   ? .25f
-                                : ROTATION == 32 ? HADAMARD_NORM
-                                : ROTATION == 64 ? .125f
-                                                 : 0.08838834764831845f;
+// ROTATION^-0.5
+constexpr float rotation_norm() {
+  if (ROTATION == 16)
+    return .25f;
+  if (ROTATION == 32)
+    return HADAMARD_NORM;
+  if (ROTATION == 64)
+    return .125f;
+  return 0.08838834764831845f;
+}
+
+constexpr float ROTATION_NORM = rotation_norm();
 
 // The 32 signs of a lane whose first element is `column`; signs [2] are those of 128 elements.
 HOST_DEVICE uint32_t signs_of_lane(const int64_t* signs, int64_t column) {
@@ -388,20 +396,23 @@ HOST_DEVICE void quantize_mx(
 }
 
 // The factor that all values of the operand have beside their blocks' scales.
-constexpr float CONSTANT_FACTOR = SCALE == Scale::pma        ? float(1.009276 / .75)
-                                  : SCALE == Scale::absmax34 ? float(1 / .75)
-                                                             : 1;
+constexpr double PMA_FACTOR = SCALE == Scale::pma ? 1.009276 : 1;
+constexpr float CONSTANT_FACTOR = float(PMA_FACTOR / (HAS_THREE_QUARTERS ? .75 : 1.));
 
 // EDEN's S
 HOST_DEVICE float eden_correction(float vv, float vq) { return vq == 0 ? 1 : vv / vq; }
 
 // ---- NVFP4
 
-// The element that a block's largest value is scaled to, and the block scale that the tensor's
-// largest block gets.
-constexpr double LARGEST_ELEMENT = IS_EDEN         ? 6. * 16 / 17 / .93
-                                   : IS_STOCHASTIC ? 6. * 16 / 17
-                                                   : 6.;
+// The element that a block's largest value is scaled to.
+constexpr double largest_element() {
+  if (ROUNDING == Rounding::nearest)
+    return 6;
+  return IS_EDEN ? 6. * 16 / 17 / .93 : 6. * 16 / 17;
+}
+
+constexpr double LARGEST_ELEMENT = largest_element();
+// The scale of the block with the tensor's largest value.
 constexpr double LARGEST_SCALE = SCALE == Scale::absmax && !IS_EDEN ? 448 : 256;
 
 // The scale of a tensor with this largest magnitude.

@@ -21,8 +21,8 @@ struct Quantization {
   FloatMatrix values;       // [rows, padded]
   float* out_factor;        // [1], or [rows] if HAS_ROW_FACTOR
   int32_t* mask;            // [rows, padded / 32] if HAS_MASK
-  // What the passes leave one another, zeros at first. NVFP4: [1], the largest magnitude.
-  // HAS_ROW_FACTOR: [2, rows, padded / 32], EDEN's two sums of each block.
+  // What the passes leave one another. NVFP4: [1], the largest magnitude. HAS_ROW_FACTOR: [2, rows,
+  // padded / 32], EDEN's two sums of each block.
   float* scratch;
   void* stream;
 };

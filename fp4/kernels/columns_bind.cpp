@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
   Tensor mask = columns::HAS_MASK
       ? new_mask(x, op.rows, op.padded)
       : torch::stable::new_empty(x, {0}, ScalarType::Int);
-  Tensor scratch = torch::stable::new_zeros(x, {sums}, ScalarType::Float);
+  Tensor scratch = torch::stable::new_empty(x, {sums}, ScalarType::Float);
   op.values = float_matrix(values);
   op.out_factor = floats(out_factor);
   op.mask = words(mask);

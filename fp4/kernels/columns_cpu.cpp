@@ -55,20 +55,26 @@ void find_signs(const int64_t* signs, int64_t column, uint32_t (&words)[W]) {
     words[w] = SIGNS == Signs::none ? 0 : signs_of_lane(signs, column + column_of_lane(w));
 }
 
+// A value of the operand, times the factor of its matrix or of its row there.
+template <class T>
+float load_value(const COLUMN_NAME::Quantization& op, const T* x, int64_t row, int64_t column) {
+  const int64_t memory_row = op.transposed ? column : row;
+  const int64_t index = op.transposed ? column * op.rows + row : row * op.columns + column;
+  const float value = to_float(x[index]);
+  if (!op.factor)
+    return value;
+  return value * op.factor[op.factor_by_row ? memory_row : 0];
+}
+
 // Loads and rotates a group; what lies beyond the matrix is zero.
 template <class T>
 void load_rotated(
     const COLUMN_NAME::Quantization& op, const T* x, int64_t row, int64_t column, Group& v) {
   memset(v, 0, sizeof(v));
   for_lanes(row, column, op.rows, op.columns, [&](int w, int64_t r, int64_t c) {
-    const int n = int(op.columns - c < 32 ? op.columns - c : 32);
-    for (int i = 0; i < n; i++) {
-      const int64_t memory_row = op.transposed ? c + i : r;
-      const int64_t index = op.transposed ? (c + i) * op.rows + r : r * op.columns + c + i;
-      v[i][w] = to_float(x[index]);
-      if (op.factor)
-        v[i][w] *= op.factor[op.factor_by_row ? memory_row : 0];
-    }
+    const int64_t end = op.columns - c;
+    for (int i = 0; i < 32 && i < end; i++)
+      v[i][w] = load_value(op, x, r, c + i);
   });
   uint32_t signs[W];
   find_signs(op.signs, column, signs);

@@ -248,8 +248,10 @@ template <bool transposed, class T>
 void launch_quantize(const Quantization& op, const T* x) {
   const cudaStream_t stream = (cudaStream_t)op.stream;
   const dim3 grid = grid_of(op.rows, op.padded);
-  if constexpr (IS_NVFP4)
+  if constexpr (IS_NVFP4) {
+    cudaMemsetAsync(op.scratch, 0, sizeof(float), stream);
     largest_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x);
+  }
   with_dtype(op.values, [=](auto* values) {
     quantize_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x, values);
   });

@@ -43,6 +43,7 @@ inline int attribute_value(cudaDeviceAttr attribute) {
 #define cudaGetDevice(device) (*(device) = 0)
 #define cudaDeviceGetAttribute(value, attribute, device) (*(value) = attribute_value(attribute))
 #define cudaGetErrorString(error) "no error"
+#define cudaMemsetAsync(p, byte, size, stream) memset(p, byte, size)
 
 using std::isfinite;
 using std::max;
