@@ -1,13 +1,17 @@
 """The quantisers of the recipes that columns describe: their definition, and the kernels, which are
 compiled for one GemmSpec each."""
+import re
+
 import pytest
 import torch
 
+import fp4
 from fp4 import reference
-from fp4.build import columns_name
+from fp4.build import columns_name, load_columns
 from fp4.emulate import columns, quantizers
-from fp4.recipes import SCALE_RULES, GemmSpec, validate
+from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec, validate
 from operands import at_the_edge_of_a_scale, same, ugly_values
+from test_baselines import layer_passes, make_data, run_passes
 
 WORDS = torch.tensor([0x5DA94F3671C8E2B5, -0x123456789ABCDEF1, 77, 2 ** 63 - 3])
 SIGNS = WORDS[:2]
@@ -78,21 +82,29 @@ ROTATIONS = ((0, "none"), (16, "before"), (32, "after"), (64, "before"), (128, "
              (32, "none"), (128, "after"))
 
 
-def every_quantiser():
+def quantisers_of_the_table():
+    found = []
+    for row in RECIPES.values():
+        if not row.method and not row.has_kernels:
+            found += columns.quantizers_of(row)
+    return found
+
+
+def other_quantisers():
     """Each scale rule of each format with each rounding that it may have, and square blocks; the
     rotations take turns."""
-    specs = []
+    found = []
     for format, rules in SCALE_RULES.items():
         for rule in rules:
             for rounding in ROUNDINGS:
-                rotation = ROTATIONS[len(specs) % len(ROTATIONS)]
+                rotation = ROTATIONS[len(found) % len(ROTATIONS)]
                 spec = GemmSpec(format, rule, *rotation, rounding)
                 if is_allowed(spec):
-                    specs.append((spec, False))
+                    found.append((spec, False))
     for rule in SCALE_RULES["nvfp4"]:
-        for n in (0, 16, 32):
-            specs.append((GemmSpec("nvfp4", rule, n, "none" if n == 0 else "before"), True))
-    return specs
+        for n in (16, 32):
+            found.append((GemmSpec("nvfp4", rule, n, "before"), True))
+    return found
 
 
 def is_allowed(spec):
@@ -104,22 +116,24 @@ def is_allowed(spec):
         return False
 
 
-QUANTISERS = every_quantiser()
-NAMES = [columns_name(*quantiser) for quantiser in QUANTISERS]
-each_quantiser = pytest.mark.parametrize("spec, square", QUANTISERS, ids=NAMES)
+def named(quantisers): return {columns_name(*quantiser): quantiser for quantiser in quantisers}
 
 
-@pytest.fixture
-def load(monkeypatch):
-    "load(spec, square): its ops; where none was compiled, the test is skipped"
-    def load(spec, square=False):
-        name = columns_name(spec, square)
-        if not columns.ops.get(name):
-            columns.ops[name] = columns.load_or_fall_back(spec, square)
-        if columns.ops[name] is None:
-            pytest.skip("no compiler")
-        return columns.ops[name]
-    return load
+TABLE = named(quantisers_of_the_table())
+OTHERS = named(other_quantisers())
+each_quantiser = pytest.mark.parametrize("spec, square", [
+    *(pytest.param(*quantiser, id=name) for name, quantiser in TABLE.items()),
+    *(pytest.param(*quantiser, id=name, marks=pytest.mark.slow)
+      for name, quantiser in OTHERS.items() if name not in TABLE)])
+
+
+def load(spec, square=False):
+    "-> its ops, compiled"
+    name = columns_name(spec, square)
+    if not columns.ops.get(name):
+        load_columns(spec, square)
+        columns.ops[name] = columns.define_ops(name, spec)
+    return columns.ops[name]
 
 
 def values_of_all_sizes(rows, k, finite=True):
@@ -167,11 +181,12 @@ def check_unrotate(ops, spec, device="cpu"):
     g = torch.Generator().manual_seed(0)
     M, K = 70, 384
     mask = torch.randint(-2 ** 31, 2 ** 31 - 1, (M, K // 32), generator=g).int()
+    mask[3, 1] = 0
     for dtype, out, by_row in ((torch.float32, torch.float32, False),
                                (torch.bfloat16, torch.float32, True),
                                (torch.bfloat16, torch.bfloat16, False)):
         product = torch.randn(M, K, generator=g).to(dtype)
-        product[3, 40] = torch.nan
+        product[3, 40] = torch.nan                          # which NaN * 0 stays
         left = torch.rand(M if by_row else 1, 1, generator=g)
         right = torch.rand(K if by_row else 1, 1, generator=g)
         arguments = (product, left, right, mask, SIGNS)
@@ -181,13 +196,131 @@ def check_unrotate(ops, spec, device="cpu"):
 
 
 @each_quantiser
-def test_the_kernels_of_the_cpu_have_the_bytes_of_the_definition(load, spec, square):
+def test_the_kernels_of_the_cpu_have_the_bytes_of_the_definition(spec, square):
     check_quantize(load(spec, square), spec, square)
     check_unrotate(load(spec, square), spec)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_quantiser
-def test_the_kernels_of_the_gpu_have_the_bytes_of_the_definition(load, spec, square):
+def test_the_kernels_of_the_gpu_have_the_bytes_of_the_definition(spec, square):
     check_quantize(load(spec, square), spec, square, "cuda")
     check_unrotate(load(spec, square), spec, "cuda")
+
+
+EDEN = GemmSpec("nvfp4", "absmax", 128, "before", "eden")
+QUEST = GemmSpec("mxfp4", "floor", 32, "none")
+
+
+@pytest.mark.parametrize("spec", [EDEN, QUEST], ids=["EDEN", "QuEST"])
+def test_torch_sees_the_shapes_and_dtypes_that_the_ops_return(spec):
+    ops = load(spec)
+    x = torch.randn(40, 96)
+    random = (SIGNS, SEED) if spec is EDEN else (None, None)
+    for transposed in (False, True):
+        torch.library.opcheck(ops.quantize, (x, None, *random, transposed, torch.bfloat16))
+    mask = torch.ones(40, 4, dtype=torch.int32)
+    factor = torch.ones(1, 1)
+    product = torch.randn(40, 128)
+    torch.library.opcheck(
+        ops.unrotate, (product, factor, factor, mask, random[0], torch.bfloat16))
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(x=torch.ones(4, 40)), "the last dimension must be a multiple of 16, got 40"),
+    (dict(x=torch.ones(64, 4).T), "x must be a contiguous float32 or bfloat16 matrix"),
+    (dict(x=torch.ones(4, 64).half()), "x must be a contiguous float32 or bfloat16 matrix"),
+    (dict(factor=torch.ones(3, 1)), "factor must be [1, 1] or [4, 1], got [3, 1]"),
+    (dict(signs=None), "signs is missing"),
+    (dict(signs=WORDS), "signs must have 2 element(s), got 4"),
+    (dict(seed=None), "seed is missing"),
+    (dict(dtype=torch.float64), "dtype must be float32 or bfloat16"),
+])
+def test_what_an_op_cannot_take_is_refused_with_a_sentence(changes, sentence):
+    arguments = dict(x=torch.ones(4, 64), factor=None, signs=SIGNS, seed=SEED, transposed=False,
+                     dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        load(EDEN).quantize(*(arguments | changes).values())
+
+
+def test_a_mask_or_a_product_that_does_not_fit_is_refused_with_a_sentence():
+    factor = torch.ones(1, 1)
+    mask = torch.ones(4, 2, dtype=torch.int32)
+    for columns_of_product, sentence in ((96, "mask [M, K/32] does not match the product"),
+                                         (80, "the last dimension must be a multiple of 32")):
+        product = torch.ones(4, columns_of_product)
+        with pytest.raises(RuntimeError, match=re.escape(sentence)):
+            load(QUEST).unrotate(product, factor, factor, mask, None, torch.float32)
+
+
+# ---- rows on kernels
+
+ROWS = {name: row for name, row in RECIPES.items() if not row.method and not row.has_kernels
+        and row.is_quantized}
+ROWS["eden in all products"] = fp4.recipe(
+    "fp4", rounding="eden:eden:eden", signs="before:before:before")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_all_quantisers_of_a_row_are_known_before_it_runs(name, monkeypatch):
+    asked_for = set()
+
+    class Ops(dict):
+        def get(self, name):
+            asked_for.add(name)
+
+    monkeypatch.setattr(columns, "ops", Ops())
+    run_passes(ROWS[name], *make_data())
+    assert asked_for == set(named(columns.quantizers_of(ROWS[name])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layer_on_kernels_has_the_bytes_of_one_without(name, dtype, monkeypatch):
+    x, w, dy = make_data(40, 80, 48)
+    data = (x.to(dtype), w, dy.to(dtype))
+
+    def passes():
+        torch.manual_seed(3)
+        return layer_passes(ROWS[name], *data)
+
+    on_kernels = passes()
+    assert all(columns.ops[columns_name(*each)] for each in columns.quantizers_of(ROWS[name]))
+    monkeypatch.setattr(columns, "ops", {})
+    monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
+    same(passes(), on_kernels)
+
+
+@pytest.mark.parametrize("name", ["quartet2", "eden in all products"])
+def test_compiled_by_torch_a_layer_on_kernels_is_the_same(name):
+    torch.compiler.reset()
+    x, w, dy = make_data(40, 80, 48)
+    layer = fp4.Linear(80, 48, ROWS[name])
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        a = x.clone().requires_grad_()
+        layer.weight.grad = None
+        torch.manual_seed(3)
+        y = run(a)
+        y.backward(dy)
+        results.append((y.detach(), a.grad, layer.weight.grad))
+    same(*results)
+
+
+def test_where_a_kernel_does_not_build_a_line_says_why_and_the_definition_runs(
+        monkeypatch, capsys):
+    def fail(spec, square): raise RuntimeError("no compiler here\nand more lines")
+
+    monkeypatch.setattr(columns, "ops", {})
+    monkeypatch.setattr(columns, "load_columns", fail)
+    results = [layer_passes(ROWS["mxfp8"], *make_data()) for _ in range(2)]
+    assert all(result.isfinite().all() for result in results[0])
+    assert capsys.readouterr().err == (
+        "fp4 quantises mxfp8_absmax_0_none_nearest in PyTorch, which is slow, because its kernel "
+        "did not build: no compiler here\n")
+
+
+def test_a_scale_rule_of_ones_own_and_squares_of_mxfp4_have_no_kernel():
+    assert not columns.has_kernel(EDEN._replace(scale="mine"), False)
+    assert not columns.has_kernel(QUEST, True) and columns.has_kernel(QUEST, False)
+    assert not columns.has_kernel(EDEN, True)

@@ -3,18 +3,19 @@ notice them."""
 from tools.mutants import Mutant
 
 MATMUL = "fp4/emulate/matmul.py"
+COLUMNS = "fp4/emulate/columns.py"
 QUANTIZERS = "fp4/emulate/quantizers.py"
 ERRORS = "tools/quant_error.py"
 RECIPES = "tests/test_recipes.py::test_"
 BASELINES = "tests/test_baselines.py::test_"
+IN_COLUMNS = "tests/test_columns.py::test_"
+SUMS = IN_COLUMNS + "a_sum_adds_neighbours_first_and_skips_what_is_missing"
 IDENTITY = RECIPES + "gradients_are_autograds_when_the_quantiser_is_the_identity"
 OCTAVE = RECIPES + "errors_over_an_octave"
 AGREEMENT = RECIPES + "agreement_is_the_cosine_and_the_projection_onto_the_exact_gradient"
 TO_EVEN = RECIPES + "every_bfloat16_number_rounds_to_the_nearest_value_ties_to_even_and_saturates"
 SHARE = (RECIPES + "stochastic_rounding_goes_up_for_exactly_the_share_of_noise_that_is_its_"
          "probability")
-NAN = (RECIPES + "what_is_not_finite_reaches_outputs_and_gradients_and_no_more_than_its_scale_"
-       "serves")
 CLIPPED = (RECIPES + "a_value_that_a_rule_clips_on_purpose_gets_no_gradient_and_any_other_gets_"
            "its_own")
 
@@ -23,84 +24,87 @@ def stated(name):
     return f"{BASELINES}a_row_is_the_method_written_out[{name}]"
 
 
+def bytes_of(name):
+    return f"{IN_COLUMNS}the_kernels_of_the_cpu_have_the_bytes_of_the_definition[{name}]"
+
+
 def axis(name):
     return f"{BASELINES}an_axis_changes_a_row_as_it_says[{name}]"
 
 
 MUTANTS = [
     # ---- rotations
-    Mutant("all signs are plus", MATMUL,
-           "signs = torch.where(parts[0] < .5, -1., 1.)", "signs = torch.ones_like(parts[0])",
+    Mutant("all signs are plus", COLUMNS,
+           "return 1 - 2 * bits.flatten()[:n]", "return 1 - 0 * bits.flatten()[:n]",
            stated("fp4")),
-    Mutant("three signs of four are plus", MATMUL,
-           "torch.where(parts[0] < .5, -1., 1.)", "torch.where(parts[0] < .25, -1., 1.)",
-           BASELINES + "each_sign_is_plus_in_about_half_of_the_calls_and_no_two_are_the_same"),
     Mutant("signs and noise are the same in every call", MATMUL,
-           "return torch.rand(n, device=dy.device)",
-           "return torch.rand(n, generator=torch.Generator().manual_seed(0))",
+           "return torch.randint(-2 ** 63, 2 ** 63 - 1, (n,), device=dy.device)",
+           "return torch.arange(n)",
            BASELINES + "two_calls_draw_anew_and_the_seed_of_torch_repeats_them[fp4-bwd]"),
-    Mutant("signs are drawn for rotations up to 64 and repeated", MATMUL,
-           "torch.where(parts[0] < .5, -1., 1.)",
-           "torch.where(parts[0][:64] < .5, -1., 1.).repeat(2)",
-           stated("quartet2")),
-    Mutant("the signs are behind the rotation", MATMUL,
+    Mutant("the signs are those of the first word, repeated", COLUMNS,
+           "bits.flatten()[:n]", "bits[0].repeat(2)[:n]", stated("quartet2")),
+    Mutant("the signs are behind the rotation", COLUMNS,
            'signs_after = spec.signs == "after"', 'signs_after = spec.signs == "before"',
            stated("quartet2")),
-    Mutant("a rotation is undone with its signs on the same side", MATMUL,
+    Mutant("a rotation is undone with its signs on the same side", COLUMNS,
            "signs_after = not signs_after", "pass", axis("fp4-signs-before:before:none")),
-    Mutant("the Hadamard matrix has parities of two bits only", MATMUL,
-           "for shift in (8, 4, 2, 1):", "for shift in (1,):", stated("tetrajet2")),
-    Mutant("the Hadamard matrix is not orthogonal", MATMUL,
-           "* n ** -.5", "/ n", stated("fp4")),
-    Mutant("a rotation spans 32, whatever the recipe says", MATMUL,
-           "v = v.float().unflatten(-1, (-1, n))",
-           "n = min(n, 32)\n    v = v.float().unflatten(-1, (-1, n))\n    "
-           "signs = signs if signs is None else signs[:n]", stated("quartet2")),
-    Mutant("the rotation of the forward pass is not undone", MATMUL,
-           "    if forward_spec is not None:\n        grad = rotate_for",
-           "    if forward_spec is None:\n        grad = rotate_for", axis("fp4-rotation-64")),
-    Mutant("axes are padded with ones", MATMUL,
-           "return F.pad(v, (0, -v.shape[-1] % unit))",
-           "return F.pad(v, (0, -v.shape[-1] % unit), value=1.)", stated("fp4-bwd")),
+    Mutant("a rotation of 128 has a stage less", COLUMNS,
+           "while stride < n:", "while stride < min(n, 64):", stated("quartet2")),
+    Mutant("the rotation is not orthogonal", COLUMNS,
+           "v = v * n ** -.5", "v = v / n", stated("fp4")),
+    Mutant("the butterfly begins with the longest stride", COLUMNS,
+           "        a, b = v.unflatten(-1, (-1, 2, stride)).unbind(-2)",
+           "        a, b = v.unflatten(-1, (-1, 2, n // stride // 2)).unbind(-2)",
+           IN_COLUMNS + "quests_values_and_masks_are_those_of_the_reference_bit_for_bit"),
+    Mutant("the rotation of the forward pass is not undone", COLUMNS,
+           "return rotate_for(grad, spec, signs, undo=True).to(dtype)",
+           "return grad.to(dtype)", axis("fp4-rotation-64")),
+    Mutant("axes are padded with ones", COLUMNS,
+           "- v.shape[-1]))", "- v.shape[-1]), value=1.)", stated("fp4-bwd")),
 
     # ---- operands and products
     Mutant("the operands of dgrad have rotations of their own", MATMUL,
-           "results.append(quantize_operand(operand, signs, noise, dy.dtype))",
-           "results.append(quantize_operand(operand, signs, noise, dy.dtype))\n"
-           "        signs = None if signs is None else -signs.roll(1)", stated("fp4-bwd")),
+           "results.append(quantize_operand(operand, signs, seed, dy.dtype))",
+           "results.append(quantize_operand(operand, signs, seed, dy.dtype))\n"
+           "        signs = None if signs is None else ~signs.roll(1)", stated("fp4-bwd")),
     Mutant("every operand is rounded with the same noise", MATMUL,
-           "noises.append(noise.view_as(operand.values) if noise.numel() else None)",
-           "noises.append(parts[1][0].expand(operand.values.shape) if noise.numel() else None)",
+           "[next(seeds) if draws else None", "[drawn[SIGN_WORDS:][:1] if draws else None",
            stated("fp4-sr")),
-    Mutant("the noise of the left operand is that of the right one", MATMUL,
-           "zip(operands, parts[1:])", "zip(operands, [p.flip(0) for p in parts[1:]])",
+    Mutant("an operand's seed is another one's", MATMUL,
+           "drawn[SIGN_WORDS:].split(1)", "drawn[SIGN_WORDS:].flip(0).split(1)",
            stated("tetrajet2")),
+    Mutant("a factor of the forward product is left out of the gradients", MATMUL,
+           "return Operand(values, spec, True, factor)", "return Operand(values, spec, True)",
+           stated("quartet2")),
+    Mutant("the operands of the backward pass are not transposed", MATMUL,
+           "Operand(dy, recipe.wgrad, transposed=True)",
+           "Operand(dy.flip(0), recipe.wgrad, transposed=True)", stated("fp4")),
     Mutant("the mask of x is applied to dw and that of w to dx", MATMUL,
            "dx = grad_product(dy_rows, w_columns, dy.dtype, saved.x_mask,",
            "dx = grad_product(dy_rows, w_columns, dy.dtype, saved.w_mask[:len(dy)],",
            stated("fp4-fwd")),
-    Mutant("what clipped gets a gradient", MATMUL,
-           "grad = grad * mask  ", "grad = grad * (mask | True)  ", stated("fp4")),
-    Mutant("the mask is applied after the rotation is undone", MATMUL,
-           "    if mask is not None:\n        grad = grad * mask  ",
-           "    if mask is not None:\n"
-           "        grad = rotate_for(grad, forward_spec, signs, undo=True)\n"
-           "        forward_spec = None\n        grad = grad * mask  ", stated("fp4")),
-    Mutant("a NaN in a clipped place is hidden", MATMUL,
-           "grad = grad * mask  ", "grad = torch.where(mask, grad, 0)  ",
-           NAN + "[fp4-pma-nan]"),
+    Mutant("what clipped gets a gradient", COLUMNS,
+           "grad = grad * kept  ", "grad = grad * (kept | 1)  ", stated("fp4")),
+    Mutant("the mask is applied after the rotation is undone", COLUMNS,
+           "    return rotate_for(grad, spec, signs, undo=True).to(dtype)",
+           "        return (rotate_for(product.float() * (left * right.T), spec, signs, undo=True)"
+           " * kept).to(dtype)\n    return rotate_for(grad, spec, signs, undo=True).to(dtype)",
+           stated("fp4")),
+    Mutant("a NaN in a clipped place is hidden", COLUMNS,
+           "grad = grad * kept  ", "grad = torch.where(kept > 0, grad, 0)  ",
+           bytes_of("mxfp4_floor_32_none_nearest")),
     Mutant("the factor of the right operand is left out", MATMUL,
            "left.factor * right.factor.T, dtype)", "left.factor, dtype)", stated("fp4-bwd")),
-    Mutant("the factors of a row are transposed", MATMUL,
-           "left.factor * right.factor.T, dtype)", "left.factor * right.factor.mean(), dtype)",
+    Mutant("the factors of a column are their mean", COLUMNS,
+           "product.float() * (left * right.T)", "product.float() * (left * right.mean())",
            axis("fp4-rounding-eden")),
     Mutant("w is quantised unrotated where an operand is taken from the unquantised w", MATMUL,
            "        if forward_spec is not None:\n            rotated = rotate_for",
            "        if forward_spec is None:\n            rotated = rotate_for",
            axis("mxfp8-rotation-64")),
     Mutant("x is rounded stochastically in NVIDIA's wgrad", MATMUL,
-           'return Operand(rotated.T, spec._replace(rounding="nearest"))',
-           "return Operand(rotated.T, spec)", stated("nvfp4")),
+           'return Operand(rotated, spec._replace(rounding="nearest"), True)',
+           "return Operand(rotated, spec, True)", stated("nvfp4")),
     Mutant("an operand that is quantised again is quantised from the unquantised tensor", MATMUL,
            'if spec.rhs == "from_unquantized":',
            'if unquantized is not None and spec.rhs != "reuse":',
@@ -132,14 +136,15 @@ MUTANTS = [
            "E4M3 = Grid(3, -6, 448)", "E4M3 = Grid(3, -7, 448)",
            RECIPES + "the_scales_of_nvfp4_and_the_elements_of_mxfp8_are_torchs_e4m3"),
     Mutant("stochastic rounding is biased upwards by a sixteenth of a step", QUANTIZERS,
-           "steps = (steps + noise).floor()", "steps = (steps + noise + .0625).floor()",
+           "(steps - steps_below >= 1 - noise)", "(steps - steps_below >= 15 / 16 - noise)",
            SHARE + "[E2M1]"),
     Mutant("stochastic rounding rounds to nearest", QUANTIZERS,
-           "steps = (steps + noise).floor()", "steps = (steps + .5).floor()", SHARE + "[INT4]"),
+           "(steps - steps_below >= 1 - noise)", "(steps - steps_below >= .5)",
+           SHARE + "[INT4]"),
     Mutant("negative numbers are rounded up with the probability of down", QUANTIZERS,
-           "steps = (steps + noise).floor()",
-           "steps = (steps + torch.where(u < 0, 1 - 2 ** -6 - noise, noise)).floor() "
-           "+ (u < 0) * (steps % 1 > .3)", SHARE + "[E4M3]"),
+           "(steps - steps_below >= 1 - noise)",
+           "((steps - steps_below >= 1 - noise) ^ ((u < 0) & (steps % 1 > .3)))",
+           SHARE + "[E4M3]"),
     Mutant("exponents below -64 are cut off", QUANTIZERS,
            "e.clamp(-126, 127)", "e.clamp(-64, 127)",
            RECIPES + "a_power_of_two_scale_has_every_exponent_of_a_normal_float"),
@@ -156,7 +161,7 @@ MUTANTS = [
            "(total(blocks * blocks) / n - mean.square())",
            "((total(blocks * blocks) / n - mean.square()) * n / (n - 1))", stated("fp4-fwd")),
     Mutant("nearest rounds at 1.5", QUANTIZERS,
-           "quest_scale(blocks) * 2 ** .5)", "quest_scale(blocks) * 4 / 3)",
+           "best > pow2(below) * 2 ** .5", "best > pow2(below) * 1.5",
            axis("fp4-scale-nearest")),
     Mutant("floor is nearest", QUANTIZERS,
            '"floor": floor_exponent, ', '"floor": nearest_exponent, ',
@@ -214,12 +219,13 @@ MUTANTS = [
     Mutant("MXFP8 has blocks of 16", QUANTIZERS,
            '"mxfp4": 32, "mxfp8": 32,', '"mxfp4": 32, "mxfp8": 16,', stated("mxfp8")),
     Mutant("INT4 is scaled to 8", QUANTIZERS,
-           "scale = largest / grid.max_value", "scale = largest / 8", axis("fp4-format-int4")),
+           "scale = divide(largest, grid.max_value)", "scale = divide(largest, 8)",
+           axis("fp4-format-int4")),
     Mutant("a block that is not finite counts as a block of zeros", QUANTIZERS,
            "    scale = torch.where(largest == 0, 1., scale)\n"
            "    return torch.where(largest.isfinite(), scale, torch.nan)",
            "    return torch.where(largest.isfinite() & (largest > 0), scale, 1.)",
-           NAN + "[fp4-pma-inf]"),
+           bytes_of("mxfp4_pma_32_before_nearest")),
     Mutant("a block of zeros is NaN", QUANTIZERS,
            "    scale = torch.where(largest == 0, 1., scale)\n"
            "    return torch.where(largest.isfinite(), scale, torch.nan)",
@@ -233,8 +239,16 @@ MUTANTS = [
     Mutant("EDEN corrects nothing", QUANTIZERS,
            "torch.where(vq == 0, 1., vv / vq)", "torch.ones_like(vq)", stated("quartet2")),
     Mutant("EDEN's factor of a row is the mean of those of its blocks", QUANTIZERS,
-           "return eden_correction(total(v * v).sum(1), total(v * q).sum(1))",
+           "return eden_correction(total(block_totals(v * v)), total(block_totals(v * q)))",
            "return eden_correction(total(v * v), total(v * q)).mean(1)", axis("fp4-rounding-eden")),
+    Mutant("a sum has an odd term too few", QUANTIZERS,
+           "v = F.pad(v, (0, v.shape[-1] % 2))", "v = v[..., :v.shape[-1] // 2 * 2]", SUMS),
+    Mutant("a sum adds its halves", QUANTIZERS,
+           "v = v[..., 0::2] + v[..., 1::2]",
+           "v = v[..., :v.shape[-1] // 2] + v[..., v.shape[-1] // 2:]", SUMS),
+    Mutant("a sum runs in float64", QUANTIZERS,
+           "    while v.shape[-1] > 1:", "    return v.double().sum(-1, True).float()\n"
+           "    while v.shape[-1] > 1:", SUMS),
     Mutant("EDEN makes the length right, not the projection", QUANTIZERS,
            "return eden_correction(total(v * v), total(v * q))",
            "return eden_correction(total(v * v), total(q * q)).sqrt()", stated("quartet2")),
@@ -285,7 +299,8 @@ MUTANTS = [
     Mutant("a tensor that is not finite has the scale 1", QUANTIZERS,
            "    scale = torch.where(scale == 0, 1., scale)\n"
            "    return torch.where(finite, scale, torch.nan)",
-           "    return torch.where(finite & (scale > 0), scale, 1.)", NAN + "[quartet2-inf]"),
+           "    return torch.where(finite & (scale > 0), scale, 1.)",
+           bytes_of("nvfp4_absmax_128_before_eden")),
 
     # ---- the measurement of errors
     Mutant("the deviations span half an octave", ERRORS,
@@ -302,7 +317,7 @@ MUTANTS = [
            OCTAVE + "[absmax34]"),
     Mutant("the rotation is that of other signs", ERRORS,
            "rotate_for(pad_to_blocks(v, spec), spec, signs)",
-           "rotate_for(pad_to_blocks(v, spec), spec, -signs.roll(1))",
+           "rotate_for(pad_to_blocks(v, spec), spec, ~signs.roll(1))",
            OCTAVE + "[absmax34]"),
     Mutant("square blocks are not measured", ERRORS,
            'Operand(v, spec, square=spec.rhs == "square_blocks")', "Operand(v, spec)",
