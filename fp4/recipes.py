@@ -10,7 +10,8 @@ product. Each but rhs of a row can be changed for one run, as in recipe("fp4", s
 --rotation 32:none:128, are for forward, dgrad and wgrad.
 
 A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). Any other quantised row is
-emulated in PyTorch (emulate/matmul.py), and so are the methods that no columns describe
+emulated (emulate/matmul.py): a kernel that is compiled for its columns quantises the operands, and
+an ordinary matmul multiplies them. The methods that no columns describe are emulated in PyTorch
 (emulate/baselines.py); only fp8 has products of its own (emulate/fp8.py).
 A row of your own is RECIPES["mine"] = Recipe(...), as the README shows.
 """

@@ -116,7 +116,8 @@ def is_allowed(spec):
         return False
 
 
-def named(quantisers): return {columns_name(*quantiser): quantiser for quantiser in quantisers}
+def named(quantisers):
+    return {columns_name(*quantiser): quantiser for quantiser in quantisers}
 
 
 TABLE = named(quantisers_of_the_table())
@@ -167,7 +168,8 @@ def cases():
                 yield x.bfloat16(), None, transposed, torch.float32
 
 
-def moved(device, *tensors): return [t if t is None else t.to(device) for t in tensors]
+def moved(device, *tensors):
+    return [t if t is None else t.to(device) for t in tensors]
 
 
 def check_quantize(ops, spec, square, device="cpu"):
@@ -309,7 +311,8 @@ def test_compiled_by_torch_a_layer_on_kernels_is_the_same(name):
 
 def test_where_a_kernel_does_not_build_a_line_says_why_and_the_definition_runs(
         monkeypatch, capsys):
-    def fail(spec, square): raise RuntimeError("no compiler here\nand more lines")
+    def fail(spec, square):
+        raise RuntimeError("no compiler here\nand more lines")
 
     monkeypatch.setattr(columns, "ops", {})
     monkeypatch.setattr(columns, "load_columns", fail)

@@ -76,6 +76,11 @@ def rotate_for(v, spec, signs, undo=False):
     return rotate(v, spec.rotation, signs, signs_after)
 
 
+def has_basis(spec):
+    """Says whether a gradient has something to undo: a rotation, or a mask."""
+    return spec.rotation != 0 or spec.scale in CLIPS_ON_PURPOSE
+
+
 def padded_size(k, spec): return k + -k % max(spec.rotation, BLOCK)
 
 

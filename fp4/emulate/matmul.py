@@ -1,5 +1,5 @@
 """
-The three matrix products of a linear layer under any recipe, in plain PyTorch.
+The three matrix products of a linear layer under any recipe.
 
 "Emulated" means that an operand is rounded to the values of its 4-bit format but held in the dtype
 of the activations, and that an ordinary matmul multiplies it. The result is what hardware for the
@@ -14,7 +14,8 @@ The products of y = x w.T, with x [M, K], w [N, K] and dy [M, N]:
 
 Q rounds to the format; each product has its own format, scale rule, rotation and rounding, which
 are the columns of a GemmSpec (recipes.py). An operand is quantised along the axis that its product
-sums over, because there its blocks' scales can be applied.
+sums over, because there its blocks' scales can be applied. columns.py does it: all that an operand
+needs on its way from memory into a product is in one op.
 
 xq and wq are what the forward product used, and a gradient quantises them again, transposed. Two
 values of the column `rhs` change that: "reuse" takes them as they are, and "from_unquantized" takes
@@ -211,7 +212,7 @@ def grad_rhs(spec, used, unquantized, forward_spec, signs):
 
 def grad_product(left, right, dtype, mask, forward_spec, signs):
     """Multiplies two Quantized, and takes the gradient out of the basis of the forward rotation."""
-    if forward_spec is None:
+    if forward_spec is None or not columns.has_basis(forward_spec):
         return scaled_matmul(left.values, right.values, left.factor * right.factor.T, dtype)
     product = left.values @ right.values.T
     return columns.unrotate(

@@ -259,8 +259,8 @@ MUTANTS = [
            "return lines[0]\n", "return lines[-1][:0]\n",
            IN_BUILD + "test_when_the_kernels_do_not_compile_one_line_says_where_and_why"),
     Mutant("the checksum is written before the library is there", BUILD,
-           "            compile_library(os.path.dirname(library), sources, flags, target, subject)\n",
-           "            compile_library(os.path.dirname(library), sources, flags, target, subject)\n"
+           "compile_library(os.path.dirname(library), sources, flags, target, subject)\n",
+           "compile_library(os.path.dirname(library), sources, flags, target, subject)\n"
            "            library += ''\n            Path(library).chmod(0o755)\n"
            "            Path(library + CHECKSUM).touch()\n            return library\n",
            IN_BUILD + "test_a_library_is_compiled_once_and_it_is_said_that_this_takes_a_while"),

@@ -1,0 +1,144 @@
+"""Faults in the quantisers that are compiled for one GemmSpec, and the tests that notice them.
+
+A fault in a kernel costs about 5 seconds, in which one quantiser is compiled anew.
+"""
+from tools.mutants import Mutant
+
+COLUMNS = "fp4/emulate/columns.py"
+ARITHMETIC = "fp4/kernels/columns.cuh"
+CPU = "fp4/kernels/columns_cpu.cpp"
+BIND = "fp4/kernels/columns_bind.cpp"
+GPU = "fp4/kernels/quantize_columns.cu"
+TESTS = "tests/test_columns.py::test_"
+REFUSED = TESTS + "what_an_op_cannot_take_is_refused_with_a_sentence"
+
+
+def on_cpu(name):
+    return TESTS + f"the_kernels_of_the_cpu_have_the_bytes_of_the_definition[{name}]"
+
+
+def on_gpu(name):
+    "the CUDA kernels, simulated"
+    return ("tests/test_cuda_on_cpu.py::"
+            f"test_the_kernels_of_a_gemm_spec_give_the_definitions_bytes[{name}]")
+
+
+EDEN = "nvfp4_absmax_128_before_eden"
+STOCHASTIC = "nvfp4_absmax_16_before_stochastic"
+SQUARE = "nvfp4_four_six_0_none_nearest_square"
+PMA = "mxfp4_pma_32_before_nearest"
+FLOOR = "mxfp4_floor_32_none_nearest"
+MSE = "mxfp4_mse_128_before_nearest"
+ROW_EDEN = "mxfp4_pma_64_before_eden"
+
+MUTANTS = [
+    # ---- the arithmetic
+    Mutant("all 32 signs of a rotation of 128 are the first ones", ARITHMETIC,
+           "const int word = int(column / 32 % WORDS);", "const int word = 0;", on_cpu(EDEN)),
+    Mutant("a rotation of 16 takes 32 signs", ARITHMETIC,
+           "ROTATION == 16 ? (bits & 0xFFFF) * 0x10001u : bits", "bits", on_cpu(STOCHASTIC)),
+    Mutant("b - a in place of a - b", ARITHMETIC,
+           "is_b ? other[w] - mine", "is_b ? mine - other[w]", on_cpu(EDEN)),
+    Mutant("lanes exchange with the wrong neighbour", ARITHMETIC,
+           "32 * stride < ROTATION; stride *= 2)\n    exchange_stage<Lanes>(v, stride);",
+           "32 * stride < ROTATION; stride *= 2)\n    exchange_stage<Lanes>(v, 3 - stride);",
+           on_gpu(EDEN)),
+    Mutant("a rotation is undone with its signs first", ARITHMETIC,
+           "undo ? Signs::after : Signs::before", "Signs::before", on_cpu(EDEN)),
+    Mutant("a NaN is lost among magnitudes", ARITHMETIC,
+           "return bits_of(a) > bits_of(b) ? a : b;", "return a > b ? a : b;", on_cpu(PMA)),
+    Mutant("square blocks have 8 rows", ARITHMETIC,
+           "constexpr int SQUARE_ROWS = 16;", "constexpr int SQUARE_ROWS = 8;", on_cpu(SQUARE)),
+    Mutant("E4M3 has no subnormal numbers", ARITHMETIC,
+           "MIN_EXPONENT = -6", "MIN_EXPONENT = -20", on_cpu(STOCHASTIC)),
+    Mutant("noise is half a step too small", ARITHMETIC,
+           "(255.5f - noise) / 256", "(256.f - noise) / 256", on_cpu(STOCHASTIC)),
+    Mutant("two bytes of a word of noise are used", ARITHMETIC,
+           "(8 * (i % 4))", "(8 * (i % 2))", on_cpu(STOCHASTIC)),
+    Mutant("mse tries two exponents", ARITHMETIC,
+           "candidate < 3", "candidate < 2", on_cpu(MSE)),
+    Mutant("a block that is not finite keeps a scale", ARITHMETIC,
+           "scale[w] = finite ? scale[w] : float_of(BITS_OF_NAN);", "(void)finite;",
+           on_cpu(FLOOR)),
+    Mutant("pma has no factor 3/4", ARITHMETIC,
+           "SCALE == Scale::absmax34 || SCALE == Scale::pma;", "SCALE == Scale::absmax34;",
+           on_cpu(PMA)),
+    Mutant("pma undoes nothing", ARITHMETIC, "1.009276 : 1;", "1 : 1;", on_cpu(PMA)),
+    Mutant("the mask is of what reaches the end of the grid", ARITHMETIC,
+           "fabsf(u) < Elements::MAX_VALUE", "fabsf(u) <= .9f * Elements::MAX_VALUE",
+           on_cpu(FLOOR)),
+    Mutant("EDEN's S of a block of zeros is NaN", ARITHMETIC,
+           "return vq == 0 ? 1 : vv / vq;", "return vv / vq;", on_cpu(ROW_EDEN)),
+    Mutant("NVFP4's largest scale is 440", ARITHMETIC, "? 448 : 256;", "? 440 : 256;",
+           on_cpu(STOCHASTIC)),
+    Mutant("four-six keeps the worse scale", ARITHMETIC,
+           "error_of_larger[b][w] < error[b][w]", "error_of_larger[b][w] > error[b][w]",
+           on_cpu(SQUARE)),
+    Mutant("both blocks of a lane have the first one's noise", ARITHMETIC,
+           "noise_of<Lanes>(noise, b * BLOCK_SIZE, w)", "noise_of<Lanes>(noise, 0, w)",
+           on_cpu(EDEN)),
+    Mutant("the last sum of a row is left out", ARITHMETIC,
+           "if (first + stride < n)", "if (first + stride + 1 < n)", on_cpu(ROW_EDEN)),
+
+    # ---- the CPU
+    Mutant("the noise of a row is that of an unpadded matrix", CPU,
+           "(row + row_of_lane(w)) * op.padded", "(row + row_of_lane(w)) * op.columns",
+           on_cpu(STOCHASTIC)),
+    Mutant("the factor of a row is that of its column", CPU,
+           "op.factor_by_row ? memory_row : 0", "op.factor_by_row ? index - index + row : 0",
+           on_cpu(FLOOR)),
+    Mutant("the largest magnitude is that of the last group", CPU,
+           "bits_of(of_lane[w]) > known &&", "bits_of(of_lane[w]) != known &&",
+           on_cpu(STOCHASTIC)),
+
+    # ---- the GPU
+    Mutant("a tile is read before it is filled", GPU,
+           "    __syncthreads();\n    const T* values", "    const T* values", on_gpu(FLOOR)),
+    Mutant("a row's padding is the next row", GPU,
+           "i < n ? to_float(x[i]) : 0", "i < n + 16 && n > 0 ? to_float(x[i]) : 0",
+           on_gpu(FLOOR)),
+    Mutant("the largest magnitude is that of the first lanes of a warp", GPU,
+           "UNROLL for (int n = 1; n < 32; n *= 2)", "UNROLL for (int n = 1; n < 4; n *= 2)",
+           on_gpu(STOCHASTIC)),
+    Mutant("the largest magnitude begins with what was in memory", GPU,
+           "    cudaMemsetAsync(op.scratch, 0, sizeof(float), stream);\n", "",
+           on_gpu(STOCHASTIC)),
+    Mutant("32 values have the factor of the first row", GPU,
+           "op.factor[place.column + i]", "op.factor[place.column]", on_gpu(FLOOR)),
+    Mutant("a row is added up without waiting", GPU,
+           "    __syncthreads();\n  }\n  if (threadIdx.x == 0)", "  }\n  if (threadIdx.x == 0)",
+           on_gpu(ROW_EDEN)),
+    Mutant("a gradient's mask is shifted", GPU, "(mask >> i) & 1", "(mask >> (31 - i)) & 1",
+           on_gpu(FLOOR)),
+    Mutant("the right factor is that of the first column", GPU,
+           "op.right_by_column ? place.column + i : 0", "op.right_by_column ? place.column : 0",
+           on_gpu(FLOOR)),
+
+    # ---- the ops
+    Mutant("any number of columns is taken", BIND, "x.size(1) % 16 == 0", "x.size(1) % 8 == 0",
+           REFUSED),
+    Mutant("factors of too few rows are taken", BIND,
+           "factor.size(0) == 1 || factor.size(0) == rows", "factor.size(0) <= rows", REFUSED),
+    Mutant("missing signs are read", BIND, 'CHECK(t || !needed, name, " is missing");', "",
+           REFUSED),
+    Mutant("a mask of another shape is read", BIND,
+           "mask.size(0) == M && 32 * mask.size(1) == K", "mask.size(0) == M",
+           TESTS + "a_mask_or_a_product_that_does_not_fit_is_refused_with_a_sentence"),
+    Mutant("torch is told that bfloat16 is float32", COLUMNS,
+           "x.new_empty(rows, padded, dtype=dtype)",
+           "x.new_empty(rows, padded, dtype=torch.float32)",
+           TESTS + "torch_sees_the_shapes_and_dtypes_that_the_ops_return"),
+    Mutant("square blocks run without a kernel", COLUMNS,
+           "            found.append((recipe.forward, True))\n", "            pass\n",
+           TESTS + "all_quantisers_of_a_row_are_known_before_it_runs[nvfp4]"),
+    Mutant("an own scale rule runs on a kernel", COLUMNS,
+           "spec.scale in KERNEL_SCALES and", "True and",
+           TESTS + "a_scale_rule_of_ones_own_and_squares_of_mxfp4_have_no_kernel"),
+    Mutant("a kernel that did not build is built again for each layer", COLUMNS,
+           "        return None\n    return define_ops",
+           "        raise SystemExit\n    return define_ops",
+           TESTS + "where_a_kernel_does_not_build_a_line_says_why_and_the_definition_runs"),
+    Mutant("no kernel is used", COLUMNS,
+           "    for spec, square in quantizers_of(recipe):", "    for spec, square in ():",
+           TESTS + "a_layer_on_kernels_has_the_bytes_of_one_without"),
+]
