@@ -402,7 +402,7 @@ class ColumnOps(NamedTuple):
         rows, k = x.T.shape if transposed else x.shape
         results = columns.quantized_shapes(self.spec, x, transposed, dtype)
         values, out_factor, mask = (torch.full_like(t, 77) for t in results)
-        scratch = torch.full((2 * values.numel() // 32,), 77.)
+        scratch = torch.full((2 * values.numel() // 32,), 3e38)
         by_row = factor is not None and factor.numel() > 1
         call(self.kernels.quantize, x, x.dtype == torch.bfloat16, transposed, rows, k,
              values.shape[1], factor, by_row, signs, seed, values, dtype == torch.bfloat16,
