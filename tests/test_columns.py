@@ -8,7 +8,7 @@ import torch
 import fp4
 from fp4 import reference
 from fp4.build import columns_name, load_columns
-from fp4.emulate import columns, quantizers
+from fp4.emulate import columns, matmul, quantizers
 from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec, validate
 from operands import at_the_edge_of_a_scale, same, ugly_values
 from test_baselines import layer_passes, make_data, run_passes
@@ -120,6 +120,7 @@ def named(quantisers):
     return {columns_name(*quantiser): quantiser for quantiser in quantisers}
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TABLE = named(quantisers_of_the_table())
 OTHERS = named(other_quantisers())
 each_quantiser = pytest.mark.parametrize("spec, square", [
@@ -155,9 +156,13 @@ def values_of_all_sizes(rows, k, finite=True):
     return x
 
 
-def cases():
+SMALL = ((37, 208), (136, 48))
+LARGE = ((1100, 720), (20000, 16))      # The sum of a row of 20000 takes a CUDA block twice.
+
+
+def cases(shapes):
     "x, factor, transposed, dtype of the values"
-    for rows, k in ((37, 208), (136, 48)):
+    for rows, k in shapes:
         for finite in (True, False):
             x = values_of_all_sizes(rows, k, finite)
             by_row = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)) + .5
@@ -172,8 +177,8 @@ def moved(device, *tensors):
     return [t if t is None else t.to(device) for t in tensors]
 
 
-def check_quantize(ops, spec, square, device="cpu"):
-    for x, factor, transposed, dtype in cases():
+def check_quantize(ops, spec, square, device="cpu", shapes=SMALL):
+    for x, factor, transposed, dtype in cases(shapes):
         want = define(x, spec, transposed, dtype, factor, square)
         got = ops.quantize(*moved(device, x, factor, SIGNS, SEED), transposed, dtype)
         same(moved("cpu", *got), want)
@@ -203,10 +208,10 @@ def test_the_kernels_of_the_cpu_have_the_bytes_of_the_definition(spec, square):
     check_unrotate(load(spec, square), spec)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @each_quantiser
 def test_the_kernels_of_the_gpu_have_the_bytes_of_the_definition(spec, square):
-    check_quantize(load(spec, square), spec, square, "cuda")
+    check_quantize(load(spec, square), spec, square, "cuda", SMALL + LARGE)
     check_unrotate(load(spec, square), spec, "cuda")
 
 
@@ -276,6 +281,26 @@ def test_all_quantisers_of_a_row_are_known_before_it_runs(name, monkeypatch):
     assert asked_for == set(named(columns.quantizers_of(ROWS[name])))
 
 
+@needs_gpu
+@pytest.mark.parametrize("name", ROWS)
+def test_a_compiled_layer_of_the_gpu_is_that_of_the_cpu_up_to_its_products_rounding(
+        name, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(matmul, "words", lambda dy, x, n: torch.arange(n, device=dy.device) * 7919)
+    x, w, dy = make_data(200, 192, 176)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer = fp4.Linear(192, 176, ROWS[name]).to(device)
+        with torch.no_grad():
+            layer.weight.copy_(w)
+        a = x.bfloat16().to(device).requires_grad_()
+        y = torch.compile(layer, fullgraph=True)(a) if device == "cuda" else layer(a)
+        y.backward(dy.bfloat16().to(device))
+        results.append([t.float().cpu() for t in (y.detach(), a.grad, layer.weight.grad)])
+    for on_cpu, on_gpu in zip(*results):
+        assert (on_gpu - on_cpu).norm() <= 5e-3 * on_cpu.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ROWS)
 def test_a_layer_on_kernels_has_the_bytes_of_one_without(name, dtype, monkeypatch):
@@ -293,8 +318,13 @@ def test_a_layer_on_kernels_has_the_bytes_of_one_without(name, dtype, monkeypatc
     same(passes(), on_kernels)
 
 
-@pytest.mark.parametrize("name", ["quartet2", "eden in all products"])
-def test_compiled_by_torch_a_layer_on_kernels_is_the_same(name):
+@pytest.mark.parametrize("name, has_kernel", [
+    ("quartet2", True), ("eden in all products", True), ("fp4-pma", False)])
+def test_compiled_by_torch_a_layer_is_the_same(name, has_kernel, monkeypatch):
+    "on kernels, which torch does not look into, and without them"
+    if not has_kernel:
+        monkeypatch.setattr(columns, "ops", {})
+        monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
     torch.compiler.reset()
     x, w, dy = make_data(40, 80, 48)
     layer = fp4.Linear(80, 48, ROWS[name])
