@@ -99,7 +99,7 @@ def to_grid(u, grid, noise=None):
     else:
         steps_below = steps.floor()
         steps = steps_below + (steps - steps_below >= 1 - noise)
-    return (steps * step).clamp_max(grid.max_value) * torch.where(u < 0, -1., 1.)
+    return torch.copysign((steps * step).clamp_max(grid.max_value), u)
 
 
 def total(v):

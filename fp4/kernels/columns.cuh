@@ -149,7 +149,11 @@ HOST_DEVICE void rotate(Values<Lanes>& v, const uint32_t (&signs)[Lanes::W]) {
 // ---- of a block: the largest magnitude, and sums
 
 // Magnitudes are compared as integers, among which NaN is the largest.
-HOST_DEVICE float larger(float a, float b) { return bits_of(a) > bits_of(b) ? a : b; }
+HOST_DEVICE float larger(float a, float b) {
+  const int a_bits = bits_of(a);
+  const int b_bits = bits_of(b);
+  return float_of(a_bits > b_bits ? a_bits : b_bits);
+}
 
 template <class Lanes>
 HOST_DEVICE void block_max(const Values<Lanes>& v, PerBlock<Lanes>& largest) {
@@ -234,7 +238,9 @@ HOST_DEVICE Rounded round_magnitude(float u) {
   return {magnitude, (magnitude + magic) - magic, step};
 }
 
-HOST_DEVICE float with_sign(float u, float magnitude) { return u < 0 ? -magnitude : magnitude; }
+HOST_DEVICE float with_sign(float u, float magnitude) {
+  return float_of(bits_of(magnitude) | (bits_of(u) & 0x80000000u));
+}
 
 template <class Grid>
 HOST_DEVICE float to_grid(float u) {

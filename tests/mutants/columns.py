@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("a rotation is undone with its signs first", ARITHMETIC,
            "undo ? Signs::after : Signs::before", "Signs::before", on_cpu(EDEN)),
     Mutant("a NaN is lost among magnitudes", ARITHMETIC,
-           "return bits_of(a) > bits_of(b) ? a : b;", "return a > b ? a : b;",
+           "return float_of(a_bits > b_bits ? a_bits : b_bits);", "return a > b ? a : b;",
            on_cpu("mxfp8_absmax_0_none_nearest")),
     Mutant("square blocks have 8 rows", ARITHMETIC,
            "constexpr int SQUARE_ROWS = 16;", "constexpr int SQUARE_ROWS = 8;", on_cpu(SQUARE)),
