@@ -43,7 +43,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import emulate, ops, stored_weight
-from .build import build
 from .ops import Packed
 
 UNDO_BOTH_THREE_QUARTERS = 16 / 9        # (4/3)**2: each operand of a product carries 3/4
@@ -137,7 +136,7 @@ class Linear(nn.Linear):
     other recipes, the weight is quantised in each call.
 
     recipe      what recipe("fp4") of recipes.py returns
-    backend     what build() returns; None: call it, if the recipe has kernels
+    backend     what build() returns; None: call it, or compile the kernels of another recipe
     recompute   for a layer whose input is cheap to compute again: when the model is compiled, the
                 backward pass computes and quantises x once more, from what other layers keep,
                 and this layer keeps neither x nor xq. It has no effect otherwise
@@ -154,10 +153,8 @@ class Linear(nn.Linear):
         self.recipe = recipe
         self.recompute = recompute
         self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
-        if backend is None and self.has_kernels:
-            backend = build()
-        if not self.has_kernels:
-            emulate.prepare(recipe)
+        if backend is None:
+            backend = emulate.load_kernels(recipe)
         self.backend = backend
         self.stored = None
         self.strip = None           # sharded.py: of a weight that is spread over processes

@@ -11,6 +11,18 @@ Every recipe that the MXFP4 kernels do not compute. An ordinary matmul multiplie
 Matmul is the one autograd Function for all of them: it looks the method of a recipe up in
 matmul.METHODS. Importing this package is what registers "fp8" and the baselines there.
 """
+from ..build import build
 from . import baselines
 from .columns import prepare
 from .matmul import Matmul
+
+
+def load_kernels(recipe):
+    """Loads what a layer of this recipe runs on, compiled if it is not yet.
+
+    Returns the Backend of the MXFP4 kernels, if the recipe has them; None for any other.
+    """
+    if recipe.has_kernels:
+        return build()
+    prepare(recipe)
+    return None
