@@ -140,7 +140,7 @@ def find_or_compile(sources, flags, target="", subject="its kernels"):
         library = os.path.join(place, name, name + ".so")
         if is_whole(library):
             return library
-    with locked_place() as place:
+    with locked_place(name) as place:
         library = os.path.join(place, name, name + ".so")
         if not is_whole(library):       # Another process may have compiled it meanwhile.
             compile_library(os.path.dirname(library), sources, flags, target, subject)
@@ -228,13 +228,14 @@ def places():
 
 
 @contextlib.contextmanager
-def locked_place():
-    """Gives the first place that can be written. One process has it; the others wait here."""
+def locked_place(name):
+    """Gives the first place that can be written. One process at a time has it for a library of this
+    name; the others wait here."""
     problems = []
     for place in places():
         try:
             os.makedirs(place, exist_ok=True)
-            lock = open(os.path.join(place, "flock"), "w")
+            lock = open(os.path.join(place, f"{name}.lock"), "w")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             problems.append(f"{place}: {error.strerror}")

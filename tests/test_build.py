@@ -69,6 +69,13 @@ def read_only(folder):
 
 # ---- which library
 
+def test_a_library_does_not_wait_for_another_one(tree):
+    signal.alarm(60)                        # It would wait for this test.
+    with build.locked_place("another"):
+        assert answer(make()) == 42
+    signal.alarm(0)
+
+
 def test_a_library_is_compiled_once_and_it_is_said_that_this_takes_a_while(tree, capfd):
     environment = dict(os.environ)
     library = make()

@@ -4,6 +4,7 @@ A fault in a kernel costs about 5 seconds, in which one quantiser is compiled an
 """
 from tools.mutants import Mutant
 
+BUILD = "fp4/build.py"
 COLUMNS = "fp4/emulate/columns.py"
 ARITHMETIC = "fp4/kernels/columns.cuh"
 CPU = "fp4/kernels/columns_cpu.cpp"
@@ -139,6 +140,13 @@ MUTANTS = [
            "        return None\n    return define_ops",
            "        raise SystemExit\n    return define_ops",
            TESTS + "where_a_kernel_does_not_build_a_line_says_why_and_the_definition_runs"),
+    Mutant("quantisers are compiled one after another by all processes", BUILD,
+           'f"{name}.lock"', '"lock"',
+           "tests/test_build.py::test_a_library_does_not_wait_for_another_one"),
+    Mutant("a name says nothing of the rotation", BUILD,
+           "(spec.format, spec.scale, spec.rotation, spec.signs, spec.rounding)",
+           "(spec.format, spec.scale, spec.signs, spec.rounding)",
+           TESTS + "a_layer_on_kernels_has_the_bytes_of_one_without"),
     Mutant("no kernel is used", COLUMNS,
            "    for spec, square in quantizers_of(recipe):", "    for spec, square in ():",
            TESTS + "a_layer_on_kernels_has_the_bytes_of_one_without"),
