@@ -14,7 +14,6 @@ results.
 
     nvcc -O3 -fmad=false -DCOLUMN_FORMAT=nvfp4 ... -c quantize_columns.cu
 */
-#include <type_traits>
 #include "block_io.cuh"
 #include "columns.cuh"
 #include "columns.h"
