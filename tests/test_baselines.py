@@ -526,10 +526,10 @@ def share_apart(results, expected):
                for r, e in zip(results, expected))
 
 
-def is_stated(results, expected):
+def is_stated(results, expected, share=.01):
     """A value in 100,000 lies so close to the middle of two that float32 and float64 round it
-    differently; it changes one row of a product, and 32 columns where a rotation is undone."""
-    return share_apart(results, expected) <= .1 and distance(results, expected) <= 5e-3
+    differently; it changes one row of a product."""
+    return share_apart(results, expected) <= share and distance(results, expected) <= 5e-3
 
 
 @pytest.mark.parametrize("name", STATEMENT)
@@ -657,7 +657,10 @@ def test_an_axis_changes_a_row_as_it_says(precision, axes, method, known_draws):
     data = wide_data(has_few_bits(row))
     results = run_passes(row, *data)
     expected = stated(method, *data, WordDraws())
-    assert is_stated(results, expected)
+    # Of this row's w one value is rounded differently. It changes a column of dx in the rotated
+    # basis, and 32 columns outside of it.
+    has_tie = precision == "fp4-fwd" and axes == {"format": "nvfp4"}
+    assert is_stated(results, expected, share=.1 if has_tie else .01)
     unchanged = stated(STATEMENT[precision], *data, WordDraws())
     assert distance(unchanged, expected) > 1e-2             # it does change the row
 
