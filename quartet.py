@@ -172,7 +172,8 @@ def resolve(settings):
         lr=settings.lr or preset.lr,
         data=preset.data if settings.data is None else settings.data,
         compile=device != "cpu" if settings.compile is None else settings.compile,
-        replay=cuda_graph.pays(settings.replay, device, preset.n_embd, processes.size()),
+        replay=cuda_graph.pays(
+            settings.replay, device, preset.n_embd, settings.shard or processes.size() > 1),
         name=run.folder_name(
             settings.out, settings.name, f"{size}-{run.label(vars(settings))}"),
     )
@@ -308,7 +309,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     accumulate = cuda_graph.forward_backward(trained, n_micro // processes.size())
     clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()), cfg.clip or math.inf)
     quantize_weights = partial(fp4.quantize_weights, model)
-    if cfg.replay:
+    if cfg.replay:                      # Then the host starts each of them with one call.
         accumulate, clip, quantize_weights = map(
             cuda_graph.Replayed, (accumulate, clip, quantize_weights))
     quantize_weights()
@@ -342,6 +343,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
                 log.write(run.log_row(row))
                 diverge(cfg, row, log)
             optimizer.step()
+            # A replay adds to the same gradients in memory each time.
             optimizer.zero_grad(set_to_none=not cfg.replay)
             # A weight is quantised once a step and serves every microbatch of the next one.
             quantize_weights()

@@ -93,25 +93,25 @@ def test_a_microbatch_adds_its_share():
     assert torch.allclose(model.head.weight.grad, expected, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("is_asked, device, width, n, expected", [
-    (None, "cuda", 128, 1, True),
-    (None, "cuda:1", 639, 1, True),
-    (None, "cuda", 640, 1, False),
-    (None, "cpu", 128, 1, False),
-    (None, "cuda", 128, 2, False),
-    (False, "cuda", 128, 1, False),
-    (False, "cpu", 128, 2, False),
-    (True, "cuda", 2048, 1, True),
+@pytest.mark.parametrize("is_asked, device, width, is_spread, expected", [
+    (None, "cuda", 128, False, True),
+    (None, "cuda:1", 639, False, True),
+    (None, "cuda", 640, False, False),
+    (None, "cpu", 128, False, False),
+    (None, "cuda", 128, True, False),
+    (False, "cuda", 128, False, False),
+    (False, "cpu", 128, True, False),
+    (True, "cuda", 2048, False, True),
 ])
 def test_small_models_on_one_gpu_are_replayed_and_others_if_asked(
-        is_asked, device, width, n, expected):
-    assert pays(is_asked, device, width, n) is expected
+        is_asked, device, width, is_spread, expected):
+    assert pays(is_asked, device, width, is_spread) is expected
 
 
-@pytest.mark.parametrize("device, n", [("cpu", 1), ("cuda", 2)])
-def test_what_cannot_be_replayed_is_refused(device, n):
+@pytest.mark.parametrize("device, is_spread", [("cpu", False), ("cuda", True)])
+def test_what_cannot_be_replayed_is_refused(device, is_spread):
     with pytest.raises(UserError, match="one process on a GPU"):
-        pays(True, device, 128, n)
+        pays(True, device, 128, is_spread)
 
 
 # ---- on a GPU

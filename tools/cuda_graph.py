@@ -23,12 +23,13 @@ from data.files import check
 BUSY_FROM = 640
 
 
-def pays(is_asked, device, n_embd, n_processes):
+def pays(is_asked, device, n_embd, is_spread):
     """Whether a run replays its steps: what its flag says, or, for None, whether that is faster.
+    One that is spread over several processes, or sharded, exchanges data within a step.
 
     Raises UserError where it is asked for and cannot be.
     """
-    can_be = device != "cpu" and n_processes == 1
+    can_be = device != "cpu" and not is_spread
     check(can_be or not is_asked, "replay: a run of one process on a GPU can be replayed, no other")
     return can_be and n_embd < BUSY_FROM if is_asked is None else is_asked
 
