@@ -246,7 +246,7 @@ def build_model(cfg, vocab_size):
         # In an ablation one run follows another, and torch keeps only 8 compiled versions.
         torch.compiler.reset()
     model_recipe = recipe_of(cfg)
-    backend = checked(fp4.build, cfg.gemm) if model_recipe.has_kernels else None
+    backend = checked(fp4.build, cfg.gemm) if model_recipe.has_packed_products else None
     padded_vocab = 64 * math.ceil(vocab_size / 64)      # Matrix units are faster on such sizes.
     config = PRESETS[cfg.size].model_config(padded_vocab, cfg.seq)
     dtype = getattr(torch, cfg.dtype)

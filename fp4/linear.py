@@ -136,7 +136,7 @@ class Linear(nn.Linear):
     other recipes, the weight is quantised in each call.
 
     recipe      what recipe("fp4") of recipes.py returns
-    backend     what build() returns; None: call it, or compile the kernels of another recipe
+    backend     what build() returns; None: call it, if the recipe has a product of MXFP4
     recompute   for a layer whose input is cheap to compute again: when the model is compiled, the
                 backward pass computes and quantises x once more, from what other layers keep,
                 and this layer keeps neither x nor xq. It has no effect otherwise
@@ -153,9 +153,7 @@ class Linear(nn.Linear):
         self.recipe = recipe
         self.recompute = recompute
         self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
-        if backend is None:
-            backend = emulate.load_kernels(recipe)
-        self.backend = backend
+        self.backend = emulate.load_kernels(recipe, backend)
         self.stored = None
         self.strip = None           # sharded.py: of a weight that is spread over processes
         self.gathered = None        # and what its products read instead of it

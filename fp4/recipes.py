@@ -44,6 +44,11 @@ class GemmSpec(NamedTuple):
     rounding: str = "nearest"
     rhs: str = "requantize"
 
+    @property
+    def is_packed(self):
+        """Says whether both operands are MXFP4 in blocks along the sum: ops.gemm takes them."""
+        return self.format == "mxfp4" and self.rhs != "reuse"
+
 
 class Recipe(NamedTuple):
     """A row of the table: the three products, or the name of a method that has no columns."""
@@ -62,6 +67,12 @@ class Recipe(NamedTuple):
         if not is_kernel_backward(self.dgrad) or not is_kernel_backward(self.wgrad):
             return False
         return self.dgrad.rounding == self.wgrad.rounding
+
+    @property
+    def has_packed_products(self):
+        """Says whether the product of MXFP4 (backend.py) computes any of the three."""
+        products = (self.forward, self.dgrad, self.wgrad)
+        return any(spec is not None and spec.is_packed for spec in products)
 
     @property
     def is_quantized(self):

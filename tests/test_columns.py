@@ -10,7 +10,8 @@ from fp4 import reference
 from fp4.build import columns_name, load_columns
 from fp4.emulate import columns, matmul, quantizers
 from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec, validate
-from operands import at_the_edge_of_a_scale, same, ugly_values
+from operands import (
+    at_every_size, at_the_edge_of_a_scale, every_scale_byte, random_at_sizes, same, ugly_values)
 from test_baselines import layer_passes, make_data, run_passes
 
 WORDS = torch.tensor([0x5DA94F3671C8E2B5, -0x123456789ABCDEF1, 77, 2 ** 63 - 3])
@@ -18,21 +19,32 @@ SIGNS = WORDS[:2]
 SEED = WORDS[3:]
 
 
-def define(x, spec, transposed=False, dtype=torch.float32, factor=None, square=False):
-    "-> values, factor, mask"
+def define(x, spec, transposed=False, dtype=torch.float32, factor=None, square=False, scales=None):
+    "-> values, scales, factor, mask"
     return columns.quantize_by_definition(
-        x, factor, SIGNS, SEED, transposed, dtype, spec, square)
+        x, scales, factor, SIGNS, SEED, transposed, dtype, spec, square)
+
+
+def same_packed(x, got, want):
+    "The same codes and scales, but in blocks of x that are zero, where only the values count."
+    same(*([reference.dequantize(*packed, torch.float32) + 0.] for packed in (got, want)))
+    counts = (x.unflatten(-1, (-1, 32)) != 0).any(-1)
+    for a, b in zip(got, want):
+        assert torch.equal(a.unflatten(-1, (*counts.shape[1:], -1))[counts],
+                           b.unflatten(-1, (*counts.shape[1:], -1))[counts])
 
 
 # ---- the definition
 
 @pytest.mark.parametrize("rule", ["floor", "nearest"])
 def test_quests_values_and_masks_are_those_of_the_reference_bit_for_bit(rule):
-    for x in (ugly_values(40, 96), at_the_edge_of_a_scale()):
+    spec = GemmSpec("mxfp4", rule, 32, "none")
+    for x in (ugly_values(40, 96), at_the_edge_of_a_scale(), at_every_size()):
         codes, scales, mask = reference.quantize_forward(x, rule)
-        values, factor, got_mask = define(x, GemmSpec("mxfp4", rule, 32, "none"))
+        values, _, factor, got_mask = define(x, spec)
         same([values + 0.], [reference.dequantize(codes, scales, torch.float32) + 0.])
         assert torch.equal(got_mask, mask) and factor.tolist() == [[1]]
+        same_packed(x, define(x, spec, dtype=torch.uint8)[:2], (codes, scales))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -40,14 +52,44 @@ def test_quests_values_and_masks_are_those_of_the_reference_bit_for_bit(rule):
 def test_absmax34s_values_are_those_of_the_reference_bit_for_bit(rounding, order):
     "both ways; after and before the rotation; NaN where it has NaN"
     spec = GemmSpec("mxfp4", "absmax34", 0 if order == "none" else 32, order, rounding)
-    x = ugly_values(40, 96)
-    packed = reference.quantize_backward(
-        x, SIGNS[:1], SEED.repeat(2), rounding == "stochastic", order, order)
-    for transposed in (False, True):
-        codes, scales = packed[2 * transposed:][:2]
-        values, factor, mask = define(x, spec, transposed)
-        same([values + 0.], [reference.dequantize(codes, scales, torch.float32) + 0.])
-        assert factor == torch.tensor(4 / 3) and mask.numel() == 0
+    for x in (ugly_values(40, 96), at_every_size()):
+        packed = reference.quantize_backward(
+            x, SIGNS[:1], SEED.repeat(2), rounding == "stochastic", order, order)
+        for transposed in (False, True):
+            want = packed[2 * transposed:][:2]
+            values, _, factor, mask = define(x, spec, transposed)
+            same([values + 0.], [reference.dequantize(*want, torch.float32) + 0.])
+            assert factor == torch.tensor(4 / 3) and mask.numel() == 0
+            operand = reference.transpose_padded(x) if transposed else x
+            same_packed(operand, define(x, spec, transposed, torch.uint8)[:2], want)
+
+
+def test_the_scale_of_a_block_is_one_that_e8m0_has():
+    "the smallest is 2**-127, which is byte 0; of NaN and infinity it is NaN, byte 255"
+    spec = GemmSpec("mxfp4", "absmax", 0, "none")
+    sizes = [2. ** e for e in (0, 127, -124, -125, -126, -130, -149)]
+    largest = torch.tensor([*sizes, 0, torch.nan, torch.inf])
+    x = torch.zeros(len(largest), 32)
+    x[:, 5] = -largest
+    codes, scales, _, _ = define(x, spec, dtype=torch.uint8)
+    assert scales.flatten().tolist() == [125, 252, 1, 0, 0, 0, 0, 127, 255, 255]
+    assert (codes[:, 2] >> 4).tolist() == [14, 14, 14, 14, 12, 8, 8, 8, 0, 0]
+    for rule in ("mse", "absmax34", "pma"):
+        scales = define(x, spec._replace(scale=rule), dtype=torch.uint8)[1].flatten().tolist()
+        assert scales[3:7] == [0, 0, 0, 0] and scales[7:] == [127, 255, 255]
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("rule", SCALE_RULES["mxfp4"])
+def test_a_packed_operand_has_the_values_of_one_that_is_not_packed(rule, square):
+    "squares of 32 x 32, too, whose scale every row has"
+    for rounding in ("nearest", "eden"):
+        spec = GemmSpec("mxfp4", rule, 64, "before", rounding)
+        for x in (ugly_values(40, 192), at_every_size()):
+            values, _, *others = define(x, spec, square=square)
+            codes, scales, *others_of_packed = define(x, spec, dtype=torch.uint8, square=square)
+            unpacked = reference.dequantize(codes, scales, torch.float32)
+            same([unpacked, *others_of_packed], [values, *others])
 
 
 @pytest.mark.parametrize("n", [16, 32, 64, 128])
@@ -161,16 +203,29 @@ LARGE = ((1100, 720), (20000, 16))      # The sum of a row of 20000 takes a CUDA
 
 
 def cases(shapes):
-    "x, factor, transposed, dtype of the values"
+    "x, scales, factor, transposed, dtype of the values"
     for rows, k in shapes:
+        by_row = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)) + .5
         for finite in (True, False):
             x = values_of_all_sizes(rows, k, finite)
-            by_row = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)) + .5
             for transposed in (False, True):
-                yield x, None, transposed, torch.float32
-                yield x, by_row, transposed, torch.bfloat16
-                yield x.bfloat16(), by_row[:1], transposed, torch.bfloat16
-                yield x.bfloat16(), None, transposed, torch.float32
+                yield x, None, None, transposed, torch.float32
+                yield x, None, by_row, transposed, torch.bfloat16
+                yield x.bfloat16(), None, by_row[:1], transposed, torch.bfloat16
+                yield x.bfloat16(), None, None, transposed, torch.float32
+        codes, scales = random_at_sizes(rows, 32 * (k // 32 + 1), 12)
+        yield codes, scales, None, True, torch.bfloat16
+        scales[rows // 2, 0] = 255
+        scales[:, 1] = 0
+        yield codes, scales, by_row, True, torch.float32
+        yield codes, scales, by_row[:1], True, torch.float32
+
+
+def packed_cases(shapes):
+    "the same, packed, and every byte of a scale"
+    for *case, _ in cases(shapes):
+        yield *case, torch.uint8
+    yield *every_scale_byte(), None, True, torch.uint8
 
 
 def moved(device, *tensors):
@@ -178,10 +233,17 @@ def moved(device, *tensors):
 
 
 def check_quantize(ops, spec, square, device="cpu", shapes=SMALL):
-    for x, factor, transposed, dtype in cases(shapes):
-        want = define(x, spec, transposed, dtype, factor, square)
-        got = ops.quantize(*moved(device, x, factor, SIGNS, SEED), transposed, dtype)
+    for x, scales, factor, transposed, dtype in cases_of(spec, square, shapes):
+        want = define(x, spec, transposed, dtype, factor, square, scales)
+        got = ops.quantize(*moved(device, x, scales, factor, SIGNS, SEED), transposed, dtype)
         same(moved("cpu", *got), want)
+
+
+def cases_of(spec, square, shapes):
+    for case in (*cases(shapes), *(packed_cases(shapes) if spec.is_packed else ())):
+        _, scales, *_ = case
+        if scales is None or not square:            # no weight in squares is packed before
+            yield case
 
 
 def check_unrotate(ops, spec, device="cpu"):
@@ -225,7 +287,12 @@ def test_torch_sees_the_shapes_and_dtypes_that_the_ops_return(spec):
     x = torch.randn(40, 96)
     random = (SIGNS, SEED) if spec is EDEN else (None, None)
     for transposed in (False, True):
-        torch.library.opcheck(ops.quantize, (x, None, *random, transposed, torch.bfloat16))
+        torch.library.opcheck(
+            ops.quantize, (x, None, None, *random, transposed, torch.bfloat16))
+    if spec.is_packed:
+        torch.library.opcheck(ops.quantize, (x, None, None, *random, True, torch.uint8))
+    codes, scales = random_at_sizes(40, 96, 5)
+    torch.library.opcheck(ops.quantize, (codes, scales, None, *random, True, torch.bfloat16))
     mask = torch.ones(40, 4, dtype=torch.int32)
     factor = torch.ones(1, 1)
     product = torch.randn(40, 128)
@@ -242,10 +309,17 @@ def test_torch_sees_the_shapes_and_dtypes_that_the_ops_return(spec):
     (dict(signs=WORDS), "signs must have 2 element(s), got 4"),
     (dict(seed=None), "seed is missing"),
     (dict(dtype=torch.float64), "dtype must be float32 or bfloat16"),
+    (dict(dtype=torch.uint8), "only MXFP4 can be packed"),
+    (dict(x_scales=torch.ones(4, 2).byte()), "codes must be"),
+    (dict(x=torch.ones(4, 32).byte(), x_scales=torch.ones(3, 2).byte(), transposed=True),
+     "codes [M, K/2] and scales [M, K/32] do not match"),
+    (dict(x=torch.ones(4, 32).byte(), x_scales=torch.ones(4, 2).byte()),
+     "a packed x is only quantised transposed"),
+    (dict(x=torch.ones(4, 32).byte()), "x must be a contiguous float32 or bfloat16 matrix"),
 ])
 def test_what_an_op_cannot_take_is_refused_with_a_sentence(changes, sentence):
-    arguments = dict(x=torch.ones(4, 64), factor=None, signs=SIGNS, seed=SEED, transposed=False,
-                     dtype=torch.float32)
+    arguments = dict(x=torch.ones(4, 64), x_scales=None, factor=None, signs=SIGNS, seed=SEED,
+                     transposed=False, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=re.escape(sentence)):
         load(EDEN).quantize(*(arguments | changes).values())
 
@@ -264,8 +338,12 @@ def test_a_mask_or_a_product_that_does_not_fit_is_refused_with_a_sentence():
 
 ROWS = {name: row for name, row in RECIPES.items() if not row.method and not row.has_kernels
         and row.is_quantized}
-ROWS["eden in all products"] = fp4.recipe(
+ROWS["eden-in-all"] = fp4.recipe(
     "fp4", rounding="eden:eden:eden", signs="before:before:before")
+# w in squares is packed, reused in dgrad, and x is not read quantised in wgrad
+ROWS["nvfp4-in-mxfp4"] = fp4.recipe("nvfp4", format="mxfp4", rounding="nearest")
+ROWS["gradients-of-packed"] = fp4.recipe("fp4", format="mxfp4:nvfp4:int4")
+PACKED_ROWS = [name for name, row in ROWS.items() if row.has_packed_products]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -279,6 +357,38 @@ def test_all_quantisers_of_a_row_are_known_before_it_runs(name, monkeypatch):
     monkeypatch.setattr(columns, "ops", Ops())
     run_passes(ROWS[name], *make_data())
     assert asked_for == set(named(columns.quantizers_of(ROWS[name])))
+
+
+@pytest.mark.parametrize("name", PACKED_ROWS)
+def test_the_product_of_packed_operands_is_that_of_their_values(name, monkeypatch):
+    "in float32, where both are exact up to their sums"
+    data = make_data(40, 80, 48)
+
+    def passes():
+        torch.manual_seed(3)
+        return run_passes(ROWS[name], *data)
+
+    results = passes()
+    monkeypatch.setattr(GemmSpec, "is_packed", False)
+    for of_packed, of_values in zip(results, passes()):
+        assert (of_packed - of_values).abs().max() <= 2e-6 * of_values.abs().max()
+
+
+def test_what_a_packed_product_leaves_for_the_backward_pass_is_packed():
+    x, w, _ = make_data(64, 128, 96)
+    _, saved = matmul.forward(x, w, ROWS["eden-in-all"])
+    for quantized, matrix in ((saved.x_quantized, x), (saved.w_quantized, w)):
+        assert 8 * (quantized.values.nbytes + quantized.scales.nbytes) == 4.25 * matrix.numel()
+    assert saved.x is None and saved.w is w
+
+
+def test_a_layer_has_the_backend_of_its_packed_products_and_its_quantisers_are_loaded(monkeypatch):
+    assert fp4.Linear(64, 32, ROWS["fp4-bwd"]).backend is fp4.build()
+    assert fp4.Linear(64, 32, ROWS["nvfp4"]).backend is None
+    monkeypatch.setattr(columns, "ops", {})
+    monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
+    assert fp4.Linear(64, 32, ROWS["fp4-bwd"], backend="a backend").backend == "a backend"
+    assert columns.ops == dict.fromkeys(named(columns.quantizers_of(ROWS["fp4-bwd"])))
 
 
 @needs_gpu
@@ -312,14 +422,16 @@ def test_a_layer_on_kernels_has_the_bytes_of_one_without(name, dtype, monkeypatc
         return layer_passes(ROWS[name], *data)
 
     on_kernels = passes()
-    assert all(columns.ops[columns_name(*each)] for each in columns.quantizers_of(ROWS[name]))
+    for each in columns.quantizers_of(ROWS[name]):
+        assert bool(columns.ops[columns_name(*each)]) == columns.has_kernel(*each)
     monkeypatch.setattr(columns, "ops", {})
     monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
     same(passes(), on_kernels)
 
 
 @pytest.mark.parametrize("name, has_kernel", [
-    ("quartet2", True), ("eden in all products", True), ("fp4-pma", False)])
+    ("quartet2", True), ("eden-in-all", True), ("nvfp4-in-mxfp4", True),
+    ("gradients-of-packed", True), ("fp4-pma", False)])
 def test_compiled_by_torch_a_layer_is_the_same(name, has_kernel, monkeypatch):
     "on kernels, which torch does not look into, and without them"
     if not has_kernel:

@@ -398,16 +398,19 @@ class ColumnOps(NamedTuple):
     kernels: ctypes.CDLL
     spec: GemmSpec
 
-    def quantize(self, x, factor, signs, seed, transposed, dtype):
-        rows, k = x.T.shape if transposed else x.shape
-        results = columns.quantized_shapes(self.spec, x, transposed, dtype)
-        values, out_factor, mask = (torch.full_like(t, 77) for t in results)
-        scratch = torch.full((2 * values.numel() // 32,), 3e38)
+    def quantize(self, x, x_scales, factor, signs, seed, transposed, dtype):
+        results = columns.quantized_shapes(self.spec, x, x_scales, transposed, dtype)
+        values, scales, out_factor, mask = (torch.full_like(t, 77) for t in results)
+        rows, padded = values.shape
+        k = x.shape[0 if transposed else 1]
+        if dtype == torch.uint8:
+            padded *= 2
+        scratch = torch.full((2 * rows * padded // 32,), 3e38)
         by_row = factor is not None and factor.numel() > 1
-        call(self.kernels.quantize, x, x.dtype == torch.bfloat16, transposed, rows, k,
-             values.shape[1], factor, by_row, signs, seed, values, dtype == torch.bfloat16,
-             out_factor, mask, scratch)
-        return values, out_factor, mask
+        call(self.kernels.quantize, x, x.dtype == torch.bfloat16, x_scales, transposed, rows, k,
+             padded, factor, by_row, signs, seed, values, dtype == torch.bfloat16,
+             scales if dtype == torch.uint8 else None, out_factor, mask, scratch)
+        return values, scales, out_factor, mask
 
     def unrotate(self, product, left, right, mask, signs, dtype):
         out = torch.full_like(product, 77, dtype=dtype)

@@ -75,7 +75,8 @@ def gaussian_error(spec, n_sigmas=16, rows=512, columns=1024):
         operand = Operand(v, spec, square=spec.rhs == "square_blocks")
         (quantized,), signs = quantize_operands(v, v, [operand])
         rotated = rotate_for(pad_to_blocks(v, spec), spec, signs).double()
-        q = (quantized.values * quantized.factor).double()
+        values = quantized.unpacked(v.dtype)
+        q = (values * quantized.factor).double()
         size = rotated.square().sum()
         error += (q - rotated).square().sum() / size
         misalignment += 1 - (q * rotated).sum() / size

@@ -121,17 +121,21 @@ def column_calls(M, K, dtype):
     """Yields the ops of COLUMN_ROWS, with their arguments on the CPU."""
     x = torch.randn(M, K).to(dtype)
     words = torch.randint(-2 ** 63, 2 ** 63 - 1, (3,))
-    signs = words[:2]
+    random = words.split((2, 1))                # the signs, and a seed
     by_row = torch.rand(M, 1)
     product = columns.pad_to_blocks(x, COLUMN_ROWS[0].dgrad)
     mask = torch.randint(2 ** 31, (M, product.shape[1] // 32), dtype=torch.int32)
+    packed = reference.quantize_forward(x, "floor")[:2]
     for row in COLUMN_ROWS:
         columns.prepare(row)
         for spec, square in columns.quantizers_of(row):
             ops = columns.ops[columns.columns_name(spec, square)]
-            for transposed, factor in ((False, None), (True, by_row)):
-                yield ops.quantize, (x, factor, signs, words[2:], transposed, dtype)
-            yield ops.unrotate, (product, by_row, by_row[:1], mask, signs, torch.float32)
+            for out_dtype in (dtype, torch.uint8) if spec.is_packed else (dtype,):
+                yield ops.quantize, (x, None, None, *random, False, out_dtype)
+                yield ops.quantize, (x, None, by_row, *random, True, out_dtype)
+                if not square:
+                    yield ops.quantize, (*packed, by_row, *random, True, out_dtype)
+            yield ops.unrotate, (product, by_row, by_row[:1], mask, random[0], torch.float32)
 
 
 # ---- in the process that is watched

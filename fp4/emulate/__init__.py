@@ -1,5 +1,6 @@
 """
-Every recipe that the MXFP4 kernels do not compute. An ordinary matmul multiplies its operands.
+Every recipe that is not exactly Quartet's. An ordinary matmul multiplies its operands, unless both
+are MXFP4.
 
     matmul.py        the three products of a linear layer, as the columns of a recipe describe them
     columns.py       the quantiser of their operands: its definition, and its kernel, which is
@@ -17,12 +18,14 @@ from .columns import prepare
 from .matmul import Matmul
 
 
-def load_kernels(recipe):
+def load_kernels(recipe, backend=None):
     """Loads what a layer of this recipe runs on, compiled if it is not yet.
 
-    Returns the Backend of the MXFP4 kernels, if the recipe has them; None for any other.
+    Returns the Backend that multiplies its MXFP4: the one that is given, or that build() chooses.
+    It returns None for a recipe without such a product.
     """
-    if recipe.has_kernels:
-        return build()
-    prepare(recipe)
-    return None
+    if not recipe.has_kernels:
+        prepare(recipe)
+    if recipe.has_packed_products and backend is None:
+        backend = build()
+    return backend

@@ -11,8 +11,10 @@ what its kernel does not need is not in it: no rotation, no noise, no mask. The 
 definition's bytes. Where none was compiled, the definition runs.
 
 An operand is read from a matrix in memory, as it is or transposed. It is padded with zeros along
-the axis that its product sums over, rotated, scaled and rounded, and written in the dtype of the
-activations, all in one pass; the scale of an NVFP4 tensor takes a pass more.
+the axis that its product sums over, rotated, scaled and rounded, and written, all in one pass; the
+scale of an NVFP4 tensor takes a pass more. MXFP4 can be written packed, as reference.py does it, in
+4.25 bits a value; all formats can be written in the dtype of the activations. A packed matrix can
+be read again, transposed, and is not unpacked in memory for that.
 
 Random numbers are words of 64 bits, drawn in the backward pass. Two of them are the signs of a
 rotation: bit i % 64 of word i // 64 negates element i. Another one is the seed of an operand's
@@ -27,7 +29,8 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..build import BUILD_ERRORS, columns_name, first_line, load_columns
-from .quantizers import CLIPS_ON_PURPOSE, quantize
+from ..ops import packed_shapes
+from .quantizers import CLIPS_ON_PURPOSE, quantize, quantize_packed
 
 SIGN_WORDS = 2                      # 128 signs, for the longest rotation; a shorter one reads fewer
 BLOCK = 32                          # Axes are padded to it: the blocks of all formats divide it.
@@ -89,19 +92,26 @@ def pad_to_blocks(v, spec):
     return F.pad(v, (0, padded_size(v.shape[-1], spec) - v.shape[-1]))
 
 
-def quantize_by_definition(x, factor, signs, seed, transposed, dtype, spec, square):
+def quantize_by_definition(x, scales, factor, signs, seed, transposed, dtype, spec, square):
     """Quantises x or x.T along the last axis. The arguments are those of quantize_operand."""
-    v = x.float() if factor is None else x.float() * factor
+    v = x.float() if scales is None else reference.dequantize(x, scales, torch.float32)
+    if factor is not None:
+        v = v * factor
     rotated = rotate_for(pad_to_blocks(v.T if transposed else v, spec), spec, signs)
     noise = None
     if spec.rounding != "nearest":
         noise = (reference.noise(seed, rotated.numel()).view_as(rotated) + .5) / 256
-    values, factor, mask = quantize(rotated, spec, noise, square)
+    if dtype == torch.uint8:
+        values, scales, factor, mask = quantize_packed(rotated, spec, noise, square)
+    else:
+        values, factor, mask = quantize(rotated, spec, noise, square)
+        values = values.to(dtype).contiguous()
+        scales = torch.empty(0, dtype=torch.uint8, device=x.device)
     if mask is None:
         mask = torch.empty(0, dtype=torch.int32, device=x.device)
     else:
         mask = reference.bits(mask.unflatten(-1, (-1, BLOCK)))
-    return values.to(dtype).contiguous(), factor, mask
+    return values, scales, factor, mask
 
 
 def unrotate_by_definition(product, left, right, mask, signs, dtype, spec):
@@ -169,28 +179,34 @@ def load_or_fall_back(spec, square):
     return define_ops(name, spec)
 
 
-def quantized_shapes(spec, x, transposed, dtype):
+def quantized_shapes(spec, x, x_scales, transposed, dtype):
     """Returns empty tensors like those that quantising x or x.T makes."""
-    rows, k = x.T.shape if transposed else x.shape
+    rows, k = x.shape if x_scales is None else (x.shape[0], 2 * x.shape[1])
+    if transposed:
+        rows, k = k, rows
     padded = padded_size(k, spec)
     factors = rows if spec.rounding == "eden" and spec.format != "nvfp4" else 1
     mask_shape = (rows, padded // BLOCK) if spec.scale in CLIPS_ON_PURPOSE else (0,)
-    return (x.new_empty(rows, padded, dtype=dtype),
+    values = x.new_empty(rows, padded, dtype=dtype)
+    scales = x.new_empty(0, dtype=torch.uint8)
+    if dtype == torch.uint8:
+        values, scales = packed_shapes(x, rows, padded)
+    return (values, scales,
             x.new_empty(factors, 1, dtype=torch.float32),
             x.new_empty(mask_shape, dtype=torch.int32))
 
 
 def define_ops(name, spec):
     """Gives the two ops of a name their schemas; the library that was loaded implements them."""
-    def shapes_of_quantize(x, factor, signs, seed, transposed, dtype):
-        return quantized_shapes(spec, x, transposed, dtype)
+    def shapes_of_quantize(x, x_scales, factor, signs, seed, transposed, dtype):
+        return quantized_shapes(spec, x, x_scales, transposed, dtype)
 
     def unrotated_shape(product, left, right, mask, signs, dtype):
         return torch.empty_like(product, dtype=dtype)
 
-    library.define(f"quantize_{name}(Tensor x, Tensor? factor, Tensor? signs, Tensor? seed, "
-                   "bool transposed, ScalarType dtype) "
-                   "-> (Tensor values, Tensor factor, Tensor mask)")
+    library.define(f"quantize_{name}(Tensor x, Tensor? x_scales, Tensor? factor, Tensor? signs, "
+                   "Tensor? seed, bool transposed, ScalarType dtype) "
+                   "-> (Tensor values, Tensor scales, Tensor factor, Tensor mask)")
     library.define(f"unrotate_{name}(Tensor product, Tensor left, Tensor right, Tensor mask, "
                    "Tensor? signs, ScalarType dtype) -> Tensor")
     torch.library.register_fake(f"fp4_columns::quantize_{name}", shapes_of_quantize, lib=library)
@@ -200,23 +216,27 @@ def define_ops(name, spec):
                getattr(namespace, f"unrotate_{name}").default)
 
 
-def quantize_operand(matrix, spec, transposed, factor, square, signs, seed, dtype):
+def quantize_operand(matrix, spec, transposed, factor, square, scales, signs, seed, dtype):
     """Rotates and quantises a matrix in memory as a GemmSpec says, along its rows.
 
     matrix      [R, K], or [K, R] if transposed: the operand is then its transpose; float32 or
-                bfloat16
+                bfloat16. With scales: codes uint8 [K, R/2], and transposed
     factor      float32 [1, 1], or a column with as many rows as the matrix; the matrix is
                 multiplied by it. None: nothing is
     square      whether blocks are square
+    scales      uint8 [K, R/32] of a matrix that is packed, or None
     signs       int64 [SIGN_WORDS], or None where spec has none
     seed        int64 [1], or None where spec rounds to nearest
-    returns     values [R, K padded] in dtype, factor float32 [1, 1] or [R, 1], mask int32
-                [R, K padded / 32] or [0]
+    dtype       of the values: float32 or bfloat16; uint8 packs them, which spec.is_packed allows
+    returns     values [R, K padded] in dtype, scales [0], factor float32 [1, 1] or [R, 1], mask
+                int32 [R, K padded / 32] or [0]. Packed: codes uint8 [R, K padded / 2] and scales
+                uint8 [R, K padded / 32] instead
     """
     compiled = ops.get(columns_name(spec, square))
     if compiled is None:
-        return quantize_by_definition(matrix, factor, signs, seed, transposed, dtype, spec, square)
-    return compiled.quantize(matrix.contiguous(), factor, signs, seed, transposed, dtype)
+        return quantize_by_definition(
+            matrix, scales, factor, signs, seed, transposed, dtype, spec, square)
+    return compiled.quantize(matrix.contiguous(), scales, factor, signs, seed, transposed, dtype)
 
 
 def unrotate(product, left, right, mask, signs, dtype, spec):

@@ -1,13 +1,14 @@
 """
 The three matrix products of a linear layer under any recipe.
 
-"Emulated" means that an operand is rounded to the values of its 4-bit format but held in the dtype
-of the activations, and that an ordinary matmul multiplies it. The result is what hardware for the
-format would give. It takes longer than not quantising at all: this file is for comparing methods.
+Where both operands of a product are MXFP4, they are packed, 4.25 bits a value, and ops.gemm
+multiplies them, as it does for Quartet. Any other product is emulated: an operand is rounded to the
+values of its format but held in the dtype of the activations, and an ordinary matmul multiplies it.
+The result is what hardware for the format would give, but takes longer than not quantising at all.
 
 The products of y = x w.T, with x [M, K], w [N, K] and dy [M, N]:
 
-    name       emulated here                  sums over              rotation
+    name       computed here                  sums over              rotation
     forward    y  = Q(x R) Q(w R).T           K, the in-features     R, along K
     dgrad      dx = Q(dy S) Q(wq.T S).T       N, the out-features    S, along N
     wgrad      dw = Q(dy.T S) Q(xq.T S).T     M, the tokens          S, along M
@@ -19,7 +20,8 @@ needs on its way from memory into a product is in one op.
 
 xq and wq are what the forward product used, and a gradient quantises them again, transposed. Two
 values of the column `rhs` change that: "reuse" takes them as they are, and "from_unquantized" takes
-x R and w R, the tensors before the forward pass rounded them.
+x R and w R, the tensors before the forward pass rounded them. They are saved as the forward product
+read them, so that a quantiser of a gradient may read a packed matrix.
 
 R and S are orthogonal (a Hadamard matrix, with random signs or without), so they cancel inside
 each product. The signs are drawn anew at each call. dx and dw come out of theirs in the basis of x
@@ -27,16 +29,19 @@ R and w R; there they are masked where the forward pass clipped, and only then i
 
 Axes are padded with zeros to whole blocks and whole rotations. Factors that bfloat16 cannot hold
 are applied after the product, so that the rounded values are exact in bfloat16 (except those of
-INT4, and of w and x where dgrad and wgrad take them over). With bfloat16 activations, dw is rounded
-to bfloat16 once, as it is in any BF16 training.
+INT4, and of w and x where dgrad and wgrad take them over). With bfloat16 activations, a dw that is
+not of packed operands is rounded to bfloat16 once, as it is in any BF16 training.
 """
 from typing import NamedTuple
 
 import torch
 
+from .. import ops
+from ..ops import Packed
 from ..recipes import GemmSpec
 from . import columns
 from .columns import SIGN_WORDS, pad_to_blocks, rotate_for
+from .quantizers import constant_factor
 
 # One draw makes all the random words of a call. It is an op of its own because torch.compile would
 # otherwise draw anew in each consumer of the numbers, and the two operands of a product would get
@@ -60,31 +65,55 @@ words = torch.ops.fp4.words
 
 class Operand(NamedTuple):
     """A matrix in memory, to be quantised along its rows, or along its columns if transposed."""
-    matrix: torch.Tensor
+    matrix: torch.Tensor                # values, or codes if there are scales
     spec: GemmSpec | None               # how; None leaves the values as they are
     transposed: bool = False            # the operand is matrix.T
     factor: torch.Tensor | None = None  # float32 [1, 1] or [rows of matrix, 1]: times this
     square: bool = False                # blocks are squares, not stretches of one row
+    scales: torch.Tensor | None = None  # of a packed matrix, which is transposed
 
 
 class Quantized(NamedTuple):
-    """A rotated and quantised matrix: it is approximately values * factor."""
-    values: torch.Tensor            # [R, K padded], in the dtype of the activations
+    """A rotated and quantised matrix: it is approximately values * factor.
+
+    values      [R, K padded], in the dtype of the activations, and scales [0]; or packed, which
+                are codes uint8 [R, K padded / 2] and scales uint8 [R, K padded / 32]
+    """
+    values: torch.Tensor
+    scales: torch.Tensor
     factor: torch.Tensor            # float32 [1, 1] or [R, 1]
     mask: torch.Tensor              # int32 [R, K padded / 32], a bit for what did not clip; or [0]
+
+    @property
+    def is_packed(self): return self.values.dtype == torch.uint8
+
+    @property
+    def packed(self): return Packed(self.values, self.scales)
+
+    def unpacked(self, dtype):
+        """Returns the values, which are exact in dtype if they have been packed."""
+        return ops.dequantize(self.packed, dtype) if self.is_packed else self.values
 
 
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass."""
-    x_values: torch.Tensor          # the three fields of Quantized, for x ...
+    x_values: torch.Tensor          # the four fields of Quantized, for x ...
+    x_scales: torch.Tensor
     x_factor: torch.Tensor
     x_mask: torch.Tensor
     w_values: torch.Tensor          # ... and for w
+    w_scales: torch.Tensor
     w_factor: torch.Tensor
     w_mask: torch.Tensor
     signs: torch.Tensor | None      # those of the rotation R
     x: torch.Tensor | None          # unquantised; None where wgrad has no use for it
     w: torch.Tensor
+
+    @property
+    def x_quantized(self): return Quantized(*self[:4])
+
+    @property
+    def w_quantized(self): return Quantized(*self[4:8])
 
 
 # ---- from matrices to operands of a product
@@ -109,6 +138,8 @@ def quantize_operands(dy, nonce, operands):
 
 def quantize_operand(operand, signs, seed, dtype):
     if operand.spec is not None:
+        if operand.spec.is_packed:
+            dtype = torch.uint8
         return Quantized(*columns.quantize_operand(*operand, signs, seed, dtype))
     v = operand.matrix.to(dtype)
     if operand.factor is not None:
@@ -117,8 +148,10 @@ def quantize_operand(operand, signs, seed, dtype):
 
 
 def as_it_is(v):
+    no_scales = torch.empty(0, dtype=torch.uint8, device=v.device)
     factor = torch.ones(1, 1, dtype=torch.float32, device=v.device)
-    return Quantized(v, factor, torch.empty(0, dtype=torch.int32, device=v.device))
+    no_mask = torch.empty(0, dtype=torch.int32, device=v.device)
+    return Quantized(v, no_scales, factor, no_mask)
 
 
 def draw_signs_and_seeds(dy, nonce, specs):
@@ -141,6 +174,17 @@ def scaled_matmul(a, b, factor, dtype):
     return cast((a @ b.T).float() * factor, dtype)
 
 
+def scaled_product(left, right, spec, dtype):
+    """Returns left @ right.T of two Quantized, times their factors, in dtype."""
+    if left.is_packed and spec.rounding != "eden":
+        return ops.gemm(left.packed, right.packed, constant_factor(spec) ** 2, dtype)
+    factor = left.factor * right.factor.T
+    if left.is_packed:
+        product = ops.gemm(left.packed, right.packed, 1., torch.float32)
+        return cast(product * factor, dtype)
+    return scaled_matmul(left.values, right.values, factor, dtype)
+
+
 def cast(y, dtype):
     """Returns y in dtype, and y itself where it has that dtype already.
 
@@ -159,10 +203,10 @@ def forward(x, w, recipe):
         y = x @ w.to(x.dtype).T
         return y, Saved(*as_it_is(x), *as_it_is(w), None, x, w)
 
-    operands = [Operand(x, spec), Operand(w, spec, square=spec.rhs == "square_blocks")]
+    is_square = spec.rhs == "square_blocks"
+    operands = [Operand(x, spec), Operand(w, spec, square=is_square)]
     (x_quantized, w_quantized), signs = quantize_operands(x, w, operands)
-    factor = x_quantized.factor * w_quantized.factor.T
-    y = scaled_matmul(x_quantized.values, w_quantized.values, factor, x.dtype)
+    y = scaled_product(x_quantized, w_quantized, spec, x.dtype)
     keeps_x = recipe.wgrad is not None and recipe.wgrad.rhs == "from_unquantized"
     return y, Saved(*x_quantized, *w_quantized, signs, x if keeps_x else None, w)
 
@@ -170,36 +214,37 @@ def forward(x, w, recipe):
 def backward(dy, saved, recipe):
     """Computes dx = dy w in dy's dtype, and dw = dy.T x in float32."""
     saved = Saved(*saved)
-    w_used = (saved.w_values, saved.w_factor)
-    x_used = (saved.x_values, saved.x_factor)
+    used_w, used_x = saved.w_quantized, saved.x_quantized
     operands = [
         Operand(dy, recipe.dgrad),
-        grad_rhs(recipe.dgrad, w_used, saved.w, recipe.forward, saved.signs),
+        grad_rhs(recipe.dgrad, used_w, saved.w, recipe.forward, saved.signs, dy.dtype),
         Operand(dy, recipe.wgrad, transposed=True),
-        grad_rhs(recipe.wgrad, x_used, saved.x, recipe.forward, saved.signs),
+        grad_rhs(recipe.wgrad, used_x, saved.x, recipe.forward, saved.signs, dy.dtype),
     ]
     quantized, _ = quantize_operands(dy, saved.x_values, operands)
     dy_rows, w_columns, dy_columns, x_columns = quantized
 
-    dx = grad_product(dy_rows, w_columns, dy.dtype, saved.x_mask, recipe.forward, saved.signs)
-    dw = grad_product(dy_columns, x_columns, torch.float32, saved.w_mask, recipe.forward,
+    dx = grad_product(dy_rows, w_columns, recipe.dgrad, dy.dtype, saved.x_mask, recipe.forward,
                       saved.signs)
+    dw = grad_product(dy_columns, x_columns, recipe.wgrad, torch.float32, saved.w_mask,
+                      recipe.forward, saved.signs)
     in_features = saved.w.shape[1]                      # without the padding
     return cast(dx[:, :in_features], dy.dtype), cast(dw[:, :in_features], torch.float32)
 
 
-def grad_rhs(spec, used, unquantized, forward_spec, signs):
+def grad_rhs(spec, used, unquantized, forward_spec, signs, dtype):
     """Returns the right Operand of a gradient, w.T of dgrad or x.T of wgrad, as spec.rhs says.
 
-    used            values and factor that the forward product multiplied, in the rotated basis
+    used            the Quantized that the forward product multiplied, in the rotated basis
     unquantized     the same tensor before it was rotated and quantised
     signs           those of the forward rotation
+    dtype           of the activations
     """
-    values, factor = used
+    factor = used.factor
     if spec is None:
-        return Operand(values, None, True, factor)
+        return Operand(used.unpacked(dtype), None, True, factor)
     if spec.rhs == "reuse":                 # The left operand is padded, so this one has to be.
-        padded = pad_to_blocks(values.T, spec).T
+        padded = pad_to_blocks(used.unpacked(dtype).T, spec).T
         padded_factor = factor if len(factor) == 1 else pad_to_blocks(factor.T, spec).T
         return Operand(padded, None, True, padded_factor)
     if spec.rhs == "from_unquantized":
@@ -207,14 +252,18 @@ def grad_rhs(spec, used, unquantized, forward_spec, signs):
         if forward_spec is not None:
             rotated = rotate_for(pad_to_blocks(unquantized, forward_spec), forward_spec, signs)
         return Operand(rotated, spec._replace(rounding="nearest"), True)
-    return Operand(values, spec, True, factor)
+    scales = used.scales if used.is_packed else None
+    return Operand(used.values, spec, True, factor, scales=scales)
 
 
-def grad_product(left, right, dtype, mask, forward_spec, signs):
+def grad_product(left, right, spec, dtype, mask, forward_spec, signs):
     """Multiplies two Quantized, and takes the gradient out of the basis of the forward rotation."""
     if forward_spec is None or not columns.has_basis(forward_spec):
-        return scaled_matmul(left.values, right.values, left.factor * right.factor.T, dtype)
-    product = left.values @ right.values.T
+        return scaled_product(left, right, spec, dtype)
+    if left.is_packed:
+        product = ops.gemm(left.packed, right.packed, 1., dtype)
+    else:
+        product = left.values @ right.values.T
     return columns.unrotate(
         product, left.factor, right.factor, mask, signs, dtype, forward_spec)
 

@@ -51,6 +51,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .. import reference
 from ..reference import QUEST_SCALE_PER_STD
 
 
@@ -76,12 +77,16 @@ PMA_FACTOR = 1.009276
 # ---- rounding to a grid
 
 # reference.py has exact functions of the same names, for any float. These two read and write the
-# exponent field by bit operations, which torch.compile fuses. They stop at normal numbers:
-# floor_log2, for x >= 0, gives -127 for all that is below 2**-126, and pow2 gives 2**-126 in place
-# of any smaller power.
+# exponent field by bit operations, which torch.compile fuses. floor_log2, for x >= 0, gives -127
+# for all that is below 2**-126. pow2 stops at the smallest scale of E8M0: it gives 2**-127, whose
+# exponent field is 0, in place of any smaller power.
 
 def floor_log2(x): return ((x.view(torch.int32) >> 23) & 255) - 127
-def pow2(e): return ((e.clamp(-126, 127) + 127) << 23).view(torch.float32)
+
+
+def pow2(e):
+    bits = (e.clamp(-126, 127) + 127) << 23
+    return torch.where(e < -126, 0x400000, bits).view(torch.float32)
 
 
 def to_grid(u, grid, noise=None):
@@ -219,8 +224,16 @@ CLIPS_ON_PURPOSE = ("floor", "nearest", "mse")      # what these rules clip gets
 THREE_QUARTERS = ("absmax34", "pma")
 
 
-def quantize_mx(v, spec, noise, square):
-    """Quantises to MXFP4, MXFP8 or INT4.
+class Blocks(NamedTuple):
+    """A matrix [R, K] that is approximately elements * scale * factor."""
+    elements: torch.Tensor      # on the grid of the format, in blocks: split_blocks
+    scale: torch.Tensor         # of each block
+    factor: torch.Tensor        # [1, 1] or [R, 1]
+    mask: torch.Tensor | None   # bool [R, K]
+
+
+def quantize_blocks(v, spec, noise, square):
+    """Quantises to the Blocks of MXFP4, MXFP8 or INT4.
 
     EDEN's correction does not fit into their scales. It becomes one factor for each row, so it is
     made of the sums over the row's blocks.
@@ -232,18 +245,47 @@ def quantize_mx(v, spec, noise, square):
         noise = split_blocks(noise, size, square)
     is_eden = spec.rounding == "eden"
 
-    gain = .75 if spec.scale in THREE_QUARTERS else 1.
     scale = block_scale(blocks, spec, grid)
-    u = blocks / scale * gain
-    q = to_grid(u, grid, None if is_eden else noise) * scale
+    u = blocks / scale * gain_of(spec)
+    elements = to_grid(u, grid, None if is_eden else noise)
 
     mask = None
     if spec.scale in CLIPS_ON_PURPOSE:
         mask = join_blocks(u.abs() < grid.max_value, len(v), size, square)
-    factor = v.new_full((1, 1), (PMA_FACTOR if spec.scale == "pma" else 1) / gain)
+    factor = v.new_full((1, 1), constant_factor(spec))
     if is_eden:
-        factor = eden_row_correction(blocks, q)
-    return join_blocks(q, len(v), size, square), factor, mask
+        factor = eden_row_correction(blocks, elements * scale)
+    return Blocks(elements, scale, factor, mask)
+
+
+def gain_of(spec): return .75 if spec.scale in THREE_QUARTERS else 1.
+
+
+def constant_factor(spec):
+    """Returns the factor of all values, which only EDEN replaces."""
+    return (PMA_FACTOR if spec.scale == "pma" else 1) / gain_of(spec)
+
+
+def quantize_mx(v, spec, noise, square):
+    blocks = quantize_blocks(v, spec, noise, square)
+    values = join_blocks(blocks.elements * blocks.scale, len(v), BLOCK_SIZE[spec.format], square)
+    return values, blocks.factor, blocks.mask
+
+
+def quantize_packed(v, spec, noise, square):
+    """Quantises to MXFP4 as quantize does, but packs the values as reference.py does.
+
+    Returns codes uint8 [R, K/2], scales uint8 [R, K/32], factor and mask. Their values are those
+    that quantize returns, to the sign of a zero.
+    """
+    blocks = quantize_blocks(v, spec, noise, square)
+    size = BLOCK_SIZE["mxfp4"]
+    elements = join_blocks(blocks.elements, len(v), size, square)
+    scale = join_blocks(blocks.scale.expand_as(blocks.elements), len(v), size, square)
+    scale = scale[:, ::size, None]
+    code = reference.round_nearest(elements).unflatten(-1, (-1, size))
+    packed = reference.pack(code, reference.floor_log2(scale), scale.isfinite())
+    return *packed, blocks.factor, blocks.mask
 
 
 def block_scale(blocks, spec, grid):

@@ -47,6 +47,7 @@ constexpr Rounding ROUNDING = Rounding::COLUMN_ROUNDING;
 constexpr bool IS_SQUARE = COLUMN_SQUARE;
 
 constexpr bool IS_NVFP4 = FORMAT == Format::nvfp4;
+constexpr bool CAN_PACK = FORMAT == Format::mxfp4;      // into codes and scales
 constexpr bool IS_QUEST = SCALE == Scale::floor || SCALE == Scale::nearest;
 constexpr bool IS_EDEN = ROUNDING == Rounding::eden;
 constexpr bool IS_STOCHASTIC = ROUNDING == Rounding::stochastic;
@@ -289,6 +290,7 @@ HOST_DEVICE float round_element(float u, const Noise<Lanes>& noise, int i, int w
 
 template <class Lanes>
 struct Quantized {
+  PerLane<Lanes> scale;         // of values that are to be packed
   uint32_t mask[Lanes::W];      // bit i: element i did not clip
   PerLane<Lanes> vv;            // the sums of which EDEN's factor of a row is made
   PerLane<Lanes> vq;
@@ -305,8 +307,8 @@ HOST_DEVICE void sum_squares(const Values<Lanes>& v, PerBlock<Lanes>& sums) {
 
 // ---- MXFP4, MXFP8 and INT4
 
-// 2^e, or 2^-126 in place of any smaller power
-HOST_DEVICE float normal_pow2(int e) { return pow2(e > -126 ? e : -126); }
+// 2^e, or 2^-127, the smallest scale of E8M0, in place of any smaller power
+HOST_DEVICE float scale_pow2(int e) { return pow2(e > -127 ? e : -127); }
 
 // Leaves in each lane the exponent, of three around absmax's, with the least squared error.
 template <class Lanes>
@@ -318,7 +320,7 @@ HOST_DEVICE void mse_exponents(
     PerBlock<Lanes> error;
     UNROLL for (int i = 0; i < 32; i++)
       for (int w = 0; w < Lanes::W; w++) {
-        const float scale = normal_pow2(exponent(largest[w]) - 3 + candidate);
+        const float scale = scale_pow2(exponent(largest[w]) - 3 + candidate);
         const float difference = to_grid<E2M1>(v[i][w] * (1 / scale)) * scale - v[i][w];
         terms[i][w] = difference * difference;
       }
@@ -349,11 +351,11 @@ HOST_DEVICE void find_scales(const Values<Lanes>& v, PerLane<Lanes>& scale) {
       scale[w] = top / 7;
     } else if (IS_QUEST) {
       finite = finite && is_finite(quest[w]);
-      scale[w] = normal_pow2(quest_exponent(quest[w], SCALE == Scale::nearest));
+      scale[w] = scale_pow2(quest_exponent(quest[w], SCALE == Scale::nearest));
     } else if (SCALE == Scale::mse) {
-      scale[w] = normal_pow2(best[w]);
+      scale[w] = scale_pow2(best[w]);
     } else {
-      scale[w] = normal_pow2(exponent(top) - (FORMAT == Format::mxfp8 ? 8 : 2));
+      scale[w] = scale_pow2(exponent(top) - (FORMAT == Format::mxfp8 ? 8 : 2));
     }
     scale[w] = top == 0 ? 1 : scale[w];
     scale[w] = finite ? scale[w] : float_of(BITS_OF_NAN);
@@ -367,7 +369,8 @@ HOST_DEVICE float scaled(float v, float scale, float inverse) {
   return HAS_THREE_QUARTERS ? v * inverse * .75f : v * inverse;
 }
 
-template <class Lanes>
+// The values become multiples of their scales or, if they are to be packed, elements of E2M1.
+template <class Lanes, bool packs>
 HOST_DEVICE void quantize_mx(
     Values<Lanes>& v, const Noise<Lanes>& noise, Quantized<Lanes>& out) {
   PerLane<Lanes> scale;
@@ -385,13 +388,16 @@ HOST_DEVICE void quantize_mx(
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < Lanes::W; w++) {
       const float u = scaled(v[i][w], scale[w], inverse[w]);
-      const float q = round_element<Lanes>(u, noise, i, w) * scale[w];
+      const float element = round_element<Lanes>(u, noise, i, w);
+      const float q = element * scale[w];
       if (HAS_MASK)
         out.mask[w] |= uint32_t(fabsf(u) < Elements::MAX_VALUE) << i;
       if (IS_EDEN)
         terms[i][w] = v[i][w] * q;
-      v[i][w] = q;
+      v[i][w] = packs ? element : q;
     }
+  for (int w = 0; w < Lanes::W; w++)
+    out.scale[w] = scale[w];
   if (IS_EDEN) {
     sum_blocks<Lanes>(terms, vq);
     for (int w = 0; w < Lanes::W; w++) {
@@ -407,6 +413,38 @@ constexpr float CONSTANT_FACTOR = float(PMA_FACTOR / (HAS_THREE_QUARTERS ? .75 :
 
 // EDEN's S
 HOST_DEVICE float eden_correction(float vv, float vq) { return vq == 0 ? 1 : vv / vq; }
+
+// ---- MXFP4, packed
+
+// The code of an element. Of the floats 0, .5, 1, 1.5, 2, 3, 4 and 6, exponent and first bit of
+// mantissa together are 0, 252, 254, 255 .. 259. Less 252, the last six of these are the codes.
+HOST_DEVICE uint32_t code_of(float element) {
+  const int top_bits = int((bits_of(element) >> 22) & 511);
+  const int at_most_1 = top_bits < 1 ? top_bits : 1;
+  const int code = top_bits - 252 > at_most_1 ? top_bits - 252 : at_most_1;
+  return uint32_t(code | sign_bit(element));
+}
+
+// Packs the elements of each lane's block: words[n][w] has the codes of elements 8 n .. 8 n + 7.
+// Those of a block that is not finite are zero.
+template <class Lanes>
+HOST_DEVICE void pack_codes(
+    const Values<Lanes>& elements,
+    const PerLane<Lanes>& scale,
+    uint32_t (&words)[4][Lanes::W]) {
+  UNROLL for (int n = 0; n < 4; n++) {
+    for (int w = 0; w < Lanes::W; w++)
+      words[n][w] = 0;
+    UNROLL for (int i = 0; i < 8; i++)
+      for (int w = 0; w < Lanes::W; w++)
+        words[n][w] |= code_of(elements[8 * n + i][w]) << (4 * i);
+    for (int w = 0; w < Lanes::W; w++)
+      words[n][w] = is_finite(scale[w]) ? words[n][w] : 0;
+  }
+}
+
+// The byte of a scale, which is a power of two or NaN: the exponent of the float.
+HOST_DEVICE uint8_t scale_byte(float scale) { return uint8_t(bits_of(scale) >> 23); }
 
 // ---- NVFP4
 

@@ -8,8 +8,15 @@ columns of those in memory are a multiple of 16. The macros are those of columns
 
 namespace COLUMN_NAME {     // so that the functions of two GemmSpecs are never mistaken
 
+// A matrix of MXFP4, as fp4/reference.py packs it.
+struct PackedMatrix {
+  uint8_t* codes;           // nullptr: there is none
+  uint8_t* scales;
+};
+
 struct Quantization {
   FloatMatrix x;            // in memory: [rows, columns], or [columns, rows] if transposed
+  PackedMatrix packed_x;    // if it is there, it is read in place of x, and transposed
   bool transposed;
   int64_t rows;             // of the operand
   int64_t columns;
@@ -19,6 +26,7 @@ struct Quantization {
   const int64_t* signs;     // [2], or nullptr where there are none
   const int64_t* seed;      // [1], or nullptr where nothing is random
   FloatMatrix values;       // [rows, padded]
+  PackedMatrix packed;      // if it is there, it is written in place of the values, if CAN_PACK
   float* out_factor;        // [1], or [rows] if HAS_ROW_FACTOR
   int32_t* mask;            // [rows, padded / 32] if HAS_MASK
   // What the passes leave one another. NVFP4: [1], the largest magnitude. HAS_ROW_FACTOR: [2, rows,

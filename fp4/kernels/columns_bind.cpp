@@ -27,6 +27,22 @@ void check_matrix(const Tensor& x) {
       "the last dimension must be a multiple of 16, got ", x.size(1));
 }
 
+// Checks the matrix that is quantised, and returns [rows, columns] of it in memory.
+std::pair<int64_t, int64_t> check_source(
+    const Tensor& x, const std::optional<Tensor>& scales, bool transposed) {
+  if (!scales) {
+    check_matrix(x);
+    return {x.size(0), x.size(1)};
+  }
+  check_packed(x, *scales);
+  CHECK(transposed && !columns::IS_SQUARE, "a packed x is only quantised transposed, in rows");
+  return {x.size(0), 2 * x.size(1)};
+}
+
+PackedMatrix packed_matrix(const Tensor& codes, const Tensor& scales) {
+  return {bytes(codes), bytes(scales)};
+}
+
 // The factors of `rows` rows, or one for all.
 void check_factor(const Tensor& x, const Tensor& factor, const char* name, int64_t rows) {
   check_tensor(factor, name, 2, ScalarType::Float);
@@ -53,22 +69,28 @@ const int64_t* sign_words(const Tensor& x, const std::optional<Tensor>& signs) {
 }
 
 // The arguments are those of quantize_operand in emulate/columns.py.
-std::tuple<Tensor, Tensor, Tensor> quantize(
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
     const Tensor& x,
+    const std::optional<Tensor>& x_scales,
     const std::optional<Tensor>& factor,
     const std::optional<Tensor>& signs,
     const std::optional<Tensor>& seed,
     bool transposed,
     ScalarType dtype) {
-  check_matrix(x);
+  const auto [memory_rows, memory_columns] = check_source(x, x_scales, transposed);
   if (factor)
-    check_factor(x, *factor, "factor", x.size(0));
+    check_factor(x, *factor, "factor", memory_rows);
+  const bool packs = dtype == ScalarType::Byte;
+  CHECK(columns::CAN_PACK || !packs, "only MXFP4 can be packed");
 
   Quantization op = {};
-  op.x = float_matrix(x);
+  if (x_scales)
+    op.packed_x = packed_matrix(x, *x_scales);
+  else
+    op.x = float_matrix(x);
   op.transposed = transposed;
-  op.rows = x.size(transposed ? 1 : 0);
-  op.columns = x.size(transposed ? 0 : 1);
+  op.rows = transposed ? memory_columns : memory_rows;
+  op.columns = transposed ? memory_rows : memory_columns;
   op.padded = PADDING * mxfp4::ceil_div(op.columns, PADDING);
   op.factor = factor ? floats(*factor) : nullptr;
   op.factor_by_row = factor && factor->numel() > 1;
@@ -77,14 +99,19 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
 
   const int64_t blocks = op.rows * op.padded / 32;
   const int64_t sums = columns::HAS_ROW_FACTOR ? 2 * blocks : 1;
-  Tensor values = new_matrix(x, op.rows, op.padded, dtype);
+  Tensor values = new_matrix(x, op.rows, packs ? op.padded / 2 : op.padded, dtype);
+  Tensor scales = packs ? new_scales(x, op.rows, op.padded)
+                        : torch::stable::new_empty(x, {0}, ScalarType::Byte);
   const int64_t factors = columns::HAS_ROW_FACTOR ? op.rows : 1;
   Tensor out_factor = new_matrix(x, factors, 1, ScalarType::Float);
   Tensor mask = columns::HAS_MASK
       ? new_mask(x, op.rows, op.padded)
       : torch::stable::new_empty(x, {0}, ScalarType::Int);
   Tensor scratch = torch::stable::new_empty(x, {sums}, ScalarType::Float);
-  op.values = float_matrix(values);
+  if (packs)
+    op.packed = packed_matrix(values, scales);
+  else
+    op.values = float_matrix(values);
   op.out_factor = floats(out_factor);
   op.mask = words(mask);
   op.scratch = floats(scratch);
@@ -94,11 +121,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
 #ifdef USE_CUDA
   if (x.is_cuda()) {
     quantize_on_gpu(op);
-    return {values, out_factor, mask};
+    return {values, scales, out_factor, mask};
   }
 #endif
   quantize_on_cpu(op);
-  return {values, out_factor, mask};
+  return {values, scales, out_factor, mask};
 }
 
 // The arguments are those of unrotate in emulate/columns.py.

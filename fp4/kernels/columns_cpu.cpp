@@ -8,6 +8,8 @@ side, where a GPU has the threads of a warp. A thread takes a range of such grou
 #include "columns.h"
 
 using namespace columns;
+using COLUMN_NAME::PackedMatrix;
+using COLUMN_NAME::Quantization;
 
 namespace {
 
@@ -55,39 +57,73 @@ void find_signs(const int64_t* signs, int64_t column, uint32_t (&words)[W]) {
     words[w] = SIGNS == Signs::none ? 0 : signs_of_lane(signs, column + column_of_lane(w));
 }
 
-// A value of the operand, times the factor of its matrix or of its row there.
-template <class T>
-float load_value(const COLUMN_NAME::Quantization& op, const T* x, int64_t row, int64_t column) {
-  const int64_t memory_row = op.transposed ? column : row;
-  const int64_t index = op.transposed ? column * op.rows + row : row * op.columns + column;
-  const float value = to_float(x[index]);
+// The factor of a row in memory, or of the whole matrix.
+float factor_of(const Quantization& op, int64_t memory_row) {
   if (!op.factor)
-    return value;
-  return value * op.factor[op.factor_by_row ? memory_row : 0];
+    return 1;
+  return op.factor[op.factor_by_row ? memory_row : 0];
 }
 
-// Loads and rotates a group; what lies beyond the matrix is zero.
 template <class T>
-void load_rotated(
-    const COLUMN_NAME::Quantization& op, const T* x, int64_t row, int64_t column, Group& v) {
+float load_value(const Quantization& op, const T* x, int64_t row, int64_t column) {
+  const int64_t memory_row = op.transposed ? column : row;
+  const int64_t index = op.transposed ? column * op.rows + row : row * op.columns + column;
+  return to_float(x[index]) * factor_of(op, memory_row);
+}
+
+template <class T>
+void load_group(
+    const Quantization& op, const T* x, int64_t row, int64_t column, Group& v) {
   memset(v, 0, sizeof(v));
   for_lanes(row, column, op.rows, op.columns, [&](int w, int64_t r, int64_t c) {
     const int64_t end = op.columns - c;
     for (int i = 0; i < 32 && i < end; i++)
       v[i][w] = load_value(op, x, r, c + i);
   });
+}
+
+// Element i of the lanes is a piece of 4 rows of the packed matrix, as many as blocks lie side by
+// side in a group. The piece is 8 neighbours, a word of codes, which have the same scale.
+void load_packed_group(const Quantization& op, int64_t row, int64_t column, Group& v) {
+  constexpr int PIECES = WARP_COLUMNS / 32;
+  for (int i = 0; i < 32; i++) {
+    uint32_t codes[PIECES] = {};
+    float scale[PIECES] = {};
+    float factor[PIECES] = {};
+    for (int j = 0; j < PIECES; j++) {
+      const int64_t memory_row = column + 32 * j + i;
+      if (memory_row >= op.columns)
+        break;
+      const int64_t index = memory_row * op.rows + row;
+      memcpy(&codes[j], op.packed_x.codes + index / 2, 4);
+      scale[j] = e8m0_value(op.packed_x.scales[index / 32]);
+      factor[j] = factor_of(op, memory_row);
+    }
+    for (int r = 0; r < W / PIECES; r++)
+      for (int j = 0; j < PIECES; j++) {
+        const int code = (codes[j] >> (4 * r)) & 15;
+        v[i][r * PIECES + j] = e2m1_value(code) * scale[j] * factor[j];
+      }
+  }
+}
+
+// Loads and rotates a group; what lies beyond the matrix is zero.
+void load_rotated(const Quantization& op, int64_t row, int64_t column, Group& v) {
+  if (op.packed_x.codes)
+    load_packed_group(op, row, column, v);
+  else
+    with_dtype(op.x, [&](auto* x) { load_group(op, x, row, column, v); });
   uint32_t signs[W];
   find_signs(op.signs, column, signs);
   rotate<SideBySide>(v, signs);
 }
 
-template <class T>
-float largest_magnitude(const COLUMN_NAME::Quantization& op, const T* x) {
+float largest_magnitude(const Quantization& op) {
   std::atomic<uint32_t> largest = 0;
   for_groups(op.rows, op.padded, [&](int64_t row, int64_t column) {
     Group v;
     float of_lane[W];
-    load_rotated(op, x, row, column, v);
+    load_rotated(op, row, column, v);
     max_magnitude(v, of_lane);
     for (int w = 0; w < W; w++) {
       uint32_t known = largest;
@@ -99,18 +135,33 @@ float largest_magnitude(const COLUMN_NAME::Quantization& op, const T* x) {
   return float_of(largest);
 }
 
-template <class T, class U>
-void quantize_group(
-    const COLUMN_NAME::Quantization& op,
-    const T* x,
-    float tensor_scale,
-    int64_t row,
-    int64_t column,
-    U* values) {
+void store_values(const Quantization& op, const Group& v, int64_t row, int64_t column) {
+  with_dtype(op.values, [&](auto* values) {
+    for_lanes(row, column, op.rows, op.padded, [&](int w, int64_t r, int64_t c) {
+      for (int i = 0; i < 32; i++)
+        store_float(values[r * op.padded + c + i], v[i][w]);
+    });
+  });
+}
+
+void store_packed(
+    const Quantization& op, const Group& v, const float (&scale)[W], int64_t row, int64_t column) {
+  uint32_t words[4][W];
+  pack_codes<SideBySide>(v, scale, words);
+  for_lanes(row, column, op.rows, op.padded, [&](int w, int64_t r, int64_t c) {
+    const int64_t block = (r * op.padded + c) / 32;
+    for (int n = 0; n < 4; n++)
+      memcpy(op.packed.codes + 16 * block + 4 * n, &words[n][w], 4);
+    op.packed.scales[block] = scale_byte(scale[w]);
+  });
+}
+
+template <bool packs>
+void quantize_group(const Quantization& op, float tensor_scale, int64_t row, int64_t column) {
   Group v;
   Noise<SideBySide> noise;
   Quantized<SideBySide> out;
-  load_rotated(op, x, row, column, v);
+  load_rotated(op, row, column, v);
   if (IS_RANDOM) {
     int64_t first[W];
     for (int w = 0; w < W; w++)
@@ -120,11 +171,13 @@ void quantize_group(
   if (IS_NVFP4)
     quantize_nvfp4<SideBySide>(v, tensor_scale, noise);
   else
-    quantize_mx<SideBySide>(v, noise, out);
+    quantize_mx<SideBySide, packs>(v, noise, out);
 
+  if (packs)
+    store_packed(op, v, out.scale, row, column);
+  else
+    store_values(op, v, row, column);
   for_lanes(row, column, op.rows, op.padded, [&](int w, int64_t r, int64_t c) {
-    for (int i = 0; i < 32; i++)
-      store_float(values[r * op.padded + c + i], v[i][w]);
     const int64_t block = (r * op.padded + c) / 32;
     if (HAS_MASK)
       op.mask[block] = out.mask[w];
@@ -136,7 +189,7 @@ void quantize_group(
 }
 
 // EDEN's factor of each row, from the sums of its blocks.
-void find_row_factors(const COLUMN_NAME::Quantization& op) {
+void find_row_factors(const Quantization& op) {
   const int64_t blocks = op.padded / 32;
   torch::stable::parallel_for(0, op.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
@@ -157,20 +210,18 @@ void find_row_factors(const COLUMN_NAME::Quantization& op) {
 namespace COLUMN_NAME {
 
 void quantize_on_cpu(const Quantization& op) {
-  with_dtype(op.x, [&](auto* x) {
-    float factor = CONSTANT_FACTOR;
-    if (IS_NVFP4)
-      factor = nvfp4_tensor_scale(largest_magnitude(op, x));
-    with_dtype(op.values, [&](auto* values) {
-      for_groups(op.rows, op.padded, [&](int64_t row, int64_t column) {
-        quantize_group(op, x, factor, row, column, values);
-      });
-    });
-    if (HAS_ROW_FACTOR)
-      find_row_factors(op);
-    else
-      op.out_factor[0] = factor;
+  float factor = CONSTANT_FACTOR;
+  if (IS_NVFP4)
+    factor = nvfp4_tensor_scale(largest_magnitude(op));
+  const auto quantize = CAN_PACK && op.packed.codes ? quantize_group<CAN_PACK>
+                                                    : quantize_group<false>;
+  for_groups(op.rows, op.padded, [&](int64_t row, int64_t column) {
+    quantize(op, factor, row, column);
   });
+  if (HAS_ROW_FACTOR)
+    find_row_factors(op);
+  else
+    op.out_factor[0] = factor;
 }
 
 void unrotate_on_cpu(const Unrotation& op) {

@@ -4,8 +4,8 @@ has its 32 values in registers from the load to the store.
 
 A CUDA block makes a tile of the operand, 64 rows of 128 values. A matrix that lies in memory as it
 is needed is read directly. Of a transposed one, the tile goes through shared memory: it is copied
-there in whole rows of the matrix, and read from there in columns. Nothing is written but the
-results.
+there in whole rows of the matrix, and read from there in columns. A packed matrix is unpacked on
+the way into shared memory. Nothing is written but the results.
 
     quantize_kernel     load, rotate, find scales, round, store
     largest_kernel      load, rotate, find the largest magnitude: the pass before it, for NVFP4
@@ -19,6 +19,7 @@ results.
 #include "columns.h"
 
 using namespace columns;
+using COLUMN_NAME::PackedMatrix;
 using COLUMN_NAME::Quantization;
 using COLUMN_NAME::Unrotation;
 
@@ -64,6 +65,35 @@ __device__ void sign_word(const int64_t* signs, int64_t column, uint32_t (&word)
 
 // ---- a transposed tile in shared memory
 
+// What a tile holds of a source: its values, of a packed one as BF16, which has them exactly.
+template <class Source>
+struct InTile {
+  using Type = bfloat16;
+};
+
+template <class T>
+struct InTile<const T*> {
+  using Type = T;
+};
+
+// Reads 16 bytes of a tile, beginning with this value of the source.
+template <class T>
+__device__ uint4 load_chunk(const T* x, int64_t index) {
+  return *(const uint4*)(x + index);
+}
+
+__device__ inline uint4 load_chunk(PackedMatrix x, int64_t index) {
+  const uint32_t codes = *(const uint32_t*)(x.codes + index / 2);
+  const float scale = e8m0_value(x.scales[index / 32]);
+  uint32_t pairs[4];
+  UNROLL for (int j = 0; j < 4; j++) {
+    const float even = e2m1_value((codes >> (8 * j)) & 15) * scale;
+    const float odd = e2m1_value((codes >> (8 * j + 4)) & 15) * scale;
+    pairs[j] = pack_bf16x2(even, odd);
+  }
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
 // 128 rows of 64 values of the matrix, of which a thread reads 32 below one another. After each 32
 // rows there is room for 8 values: at a time, a warp reads 8 neighbours in 4 rows, 32 rows apart,
 // and the room moves each of the 4 rows to other memory banks.
@@ -80,16 +110,17 @@ struct Tile {
   }
 
   // Copies the tile whose corner is (row0, column0) of x [rows, columns]; beyond x it is zero.
+  template <class Source>
   __device__ void fill(
-      const T* x, int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
+      Source x, int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
     UNROLL for (int i = 0; i < TILE_COLUMNS * CHUNKS_A_ROW / THREADS; i++) {
       const int chunk = threadIdx.x + i * THREADS;
       const int row = chunk / CHUNKS_A_ROW;
       const int column = chunk % CHUNKS_A_ROW * CHUNK;
       const bool inside = row0 + row < rows && column0 + column < columns;
-      const T* from = x + (row0 + row) * columns + column0 + column;
+      const int64_t index = (row0 + row) * columns + column0 + column;
       const uint4 zeros = make_uint4(0, 0, 0, 0);
-      *(uint4*)at(row, column) = inside ? *(const uint4*)from : zeros;
+      *(uint4*)at(row, column) = inside ? load_chunk(x, index) : zeros;
     }
   }
 };
@@ -123,9 +154,11 @@ __device__ void apply_factor(const Quantization& op, const Place& place, Block32
     v[i][0] *= factor;
 }
 
-template <bool transposed, class T>
-__device__ void load_rotated(const Quantization& op, const T* x, const Place& place, Block32& v) {
+template <bool transposed, class Source>
+__device__ void load_rotated(
+    const Quantization& op, Source x, const Place& place, Block32& v) {
   if constexpr (transposed) {
+    using T = typename InTile<Source>::Type;
     __shared__ __align__(16) Tile<T> tile;
     tile.fill(x, op.columns, op.rows, place.column - place.tile_column,
               place.row - place.tile_row);
@@ -144,10 +177,30 @@ __device__ void load_rotated(const Quantization& op, const T* x, const Place& pl
   rotate<Warp>(v, signs);
 }
 
+// ---- storing
+
+template <class Target>
+constexpr bool IS_PACKED = std::is_same_v<Target, PackedMatrix>;
+
+// Stores values or, to a packed matrix, elements and their scale.
+template <class Target>
+__device__ void store_block(
+    Target target, int64_t block, const Block32& v, const float (&scale)[1]) {
+  if constexpr (IS_PACKED<Target>) {
+    uint32_t words[4][1];
+    pack_codes<Warp>(v, scale, words);
+    ((uint4*)target.codes)[block] =
+        make_uint4(words[0][0], words[1][0], words[2][0], words[3][0]);
+    target.scales[block] = scale_byte(scale[0]);
+  } else {
+    store(target + 32 * block, v);
+  }
+}
+
 // ---- the kernels
 
-template <bool transposed, class T>
-__global__ void __launch_bounds__(THREADS) largest_kernel(Quantization op, const T* x) {
+template <bool transposed, class Source>
+__global__ void __launch_bounds__(THREADS) largest_kernel(Quantization op, Source x) {
   const Place place = place_of_thread();
   Block32 v;
   float largest[1];
@@ -162,9 +215,9 @@ __global__ void __launch_bounds__(THREADS) largest_kernel(Quantization op, const
     atomicMax((int*)op.scratch, int(bits_of(largest[0])));      // as integers: NaN is the largest
 }
 
-template <bool transposed, class T, class U>
+template <bool transposed, class Source, class Target>
 __global__ void __launch_bounds__(THREADS) quantize_kernel(
-    Quantization op, const T* x, U* values) {
+    Quantization op, Source x, Target target) {
   const Place place = place_of_thread();
   const bool inside = place.row < op.rows && place.column < op.padded;
   const int64_t first[1] = {place.row * op.padded + place.column};
@@ -180,15 +233,15 @@ __global__ void __launch_bounds__(THREADS) quantize_kernel(
     factor = nvfp4_tensor_scale(op.scratch[0]);
     quantize_nvfp4<Warp>(v, factor, noise);
   } else {
-    quantize_mx<Warp>(v, noise, out);
+    quantize_mx<Warp, IS_PACKED<Target>>(v, noise, out);
   }
 
   if (!HAS_ROW_FACTOR && blockIdx.x + blockIdx.y + threadIdx.x == 0)
     op.out_factor[0] = factor;
   if (!inside)
     return;
-  store(values + first[0], v);
   const int64_t block = first[0] / 32;
+  store_block(target, block, v, out.scale);
   if (HAS_MASK)
     op.mask[block] = out.mask[0];
   if (HAS_ROW_FACTOR) {
@@ -243,16 +296,27 @@ dim3 grid_of(int64_t rows, int64_t columns) {
   return dim3(unsigned(ceil_div(rows, TILE_ROWS)), unsigned(ceil_div(columns, TILE_COLUMNS)));
 }
 
-template <bool transposed, class T>
-void launch_quantize(const Quantization& op, const T* x) {
+// Calls f with what is to be written: values or, with CAN_PACK, a packed matrix.
+template <class F>
+void with_target(const Quantization& op, F f) {
+  if constexpr (CAN_PACK)
+    if (op.packed.codes) {
+      f(op.packed);
+      return;
+    }
+  with_dtype(op.values, f);
+}
+
+template <bool transposed, class Source>
+void launch_quantize(const Quantization& op, Source x) {
   const cudaStream_t stream = (cudaStream_t)op.stream;
   const dim3 grid = grid_of(op.rows, op.padded);
   if constexpr (IS_NVFP4) {
     cudaMemsetAsync(op.scratch, 0, sizeof(float), stream);
     largest_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x);
   }
-  with_dtype(op.values, [=](auto* values) {
-    quantize_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x, values);
+  with_target(op, [=](auto target) {
+    quantize_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x, target);
   });
   if constexpr (HAS_ROW_FACTOR)
     row_factor_kernel<<<unsigned(op.rows), THREADS, 0, stream>>>(op);
@@ -265,7 +329,11 @@ namespace COLUMN_NAME {
 void quantize_on_gpu(const Quantization& op) {
   if (!op.rows || !op.padded)
     return;
-  with_dtype(op.x, [=](auto* x) {
+  if (op.packed_x.codes) {
+    launch_quantize<true>(op, op.packed_x);
+    return;
+  }
+  with_dtype(op.x, [=](const auto* x) {
     if (op.transposed)
       launch_quantize<true>(op, x);
     else

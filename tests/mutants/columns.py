@@ -6,11 +6,16 @@ from tools.mutants import Mutant
 
 BUILD = "fp4/build.py"
 COLUMNS = "fp4/emulate/columns.py"
+MATMUL = "fp4/emulate/matmul.py"
+QUANTIZERS = "fp4/emulate/quantizers.py"
+RECIPES = "fp4/recipes.py"
 ARITHMETIC = "fp4/kernels/columns.cuh"
 CPU = "fp4/kernels/columns_cpu.cpp"
 BIND = "fp4/kernels/columns_bind.cpp"
 GPU = "fp4/kernels/quantize_columns.cu"
 TESTS = "tests/test_columns.py::test_"
+PRODUCT = TESTS + "the_product_of_packed_operands_is_that_of_their_values"
+LOADED = TESTS + "a_layer_has_the_backend_of_its_packed_products_and_its_quantisers_are_loaded"
 REFUSED = TESTS + "what_an_op_cannot_take_is_refused_with_a_sentence"
 
 
@@ -82,13 +87,30 @@ MUTANTS = [
     Mutant("the last sum of a row is left out", ARITHMETIC,
            "if (first + stride < n)", "if (first + stride + 1 < n)", on_cpu(ROW_EDEN)),
 
+    Mutant("a scale is 2^-126 at least", ARITHMETIC,
+           "pow2(e > -127 ? e : -127)", "pow2(e > -126 ? e : -126)", on_cpu(PMA)),
+    Mutant(".5 has the code of 0", ARITHMETIC,
+           "top_bits < 1 ? top_bits : 1", "top_bits < 1 ? top_bits : 0", on_cpu(MSE)),
+    Mutant("a block that is not finite has codes", ARITHMETIC,
+           "is_finite(scale[w]) ? words[n][w] : 0", "words[n][w]", on_cpu(FLOOR)),
+    Mutant("what is packed has been multiplied by its scale", ARITHMETIC,
+           "packs ? element : q", "q", on_cpu(FLOOR)),
+    Mutant("neighbours change places in a byte", ARITHMETIC, "<< (4 * i);", "<< (4 * (i ^ 1));",
+           on_cpu(FLOOR)),
+
     # ---- the CPU
+    Mutant("all blocks of a packed row have the scale of the first", CPU,
+           "e2m1_value(code) * scale[j]", "e2m1_value(code) * scale[0]", on_cpu(FLOOR)),
+    Mutant("the codes of a packed word are read backwards", CPU,
+           "(codes[j] >> (4 * r)) & 15", "(codes[j] >> (28 - 4 * r)) & 15", on_cpu(EDEN)),
+    Mutant("the factor of a packed row is that of its column", CPU,
+           "factor[j] = factor_of(op, memory_row);", "factor[j] = factor_of(op, row);",
+           on_cpu(EDEN)),
     Mutant("the noise of a row is that of an unpadded matrix", CPU,
            "(row + row_of_lane(w)) * op.padded", "(row + row_of_lane(w)) * op.columns",
            on_cpu(STOCHASTIC)),
     Mutant("the factor of a row is that of its column", CPU,
-           "op.factor_by_row ? memory_row : 0", "op.factor_by_row ? index - index + row : 0",
-           on_cpu(FLOOR)),
+           "factor_of(op, memory_row);\n}", "factor_of(op, row);\n}", on_cpu(FLOOR)),
     Mutant("the largest magnitude is that of the last group", CPU,
            "bits_of(of_lane[w]) > known &&", "bits_of(of_lane[w]) != known &&",
            on_cpu(STOCHASTIC)),
@@ -116,7 +138,26 @@ MUTANTS = [
            "op.right_by_column ? place.column + i : 0", "op.right_by_column ? place.column : 0",
            on_gpu(FLOOR)),
 
+    Mutant("a tile has the scale of another packed block", GPU,
+           "x.scales[index / 32]", "x.scales[index / 64]", on_gpu(FLOOR)),
+    Mutant("both codes of a byte are its lower one", GPU, "(8 * j + 4)", "(8 * j)", on_gpu(FLOOR)),
+    Mutant("the first two words of a packed block change places", GPU,
+           "make_uint4(words[0][0], words[1][0],", "make_uint4(words[1][0], words[0][0],",
+           on_gpu(FLOOR)),
+
     # ---- the ops
+    Mutant("any format is packed", BIND, "columns::CAN_PACK || !packs", "true", REFUSED),
+    Mutant("a packed matrix is read as it is", BIND,
+           "transposed && !columns::IS_SQUARE", "true", REFUSED),
+    Mutant("torch is told that a packed operand is not padded", COLUMNS,
+           "packed_shapes(x, rows, padded)", "packed_shapes(x, rows, k)",
+           TESTS + "torch_sees_the_shapes_and_dtypes_that_the_ops_return[QuEST]"),
+    Mutant("the definition's scale is 2**-126 at least", QUANTIZERS, "e < -126, 0x400000, bits",
+           "e < -126, bits, bits", TESTS + "the_scale_of_a_block_is_one_that_e8m0_has"),
+    Mutant("a row of a square block has the scale of its neighbour", QUANTIZERS,
+           "scale = scale[:, ::size, None]", "scale = scale.roll(1, 0)[:, ::size, None]",
+           TESTS + "a_packed_operand_has_the_values_of_one_that_is_not_packed"),
+
     Mutant("any number of columns is taken", BIND, "x.size(1) % 16 == 0", "x.size(1) % 8 == 0",
            REFUSED),
     Mutant("factors of too few rows are taken", BIND,
@@ -150,4 +191,23 @@ MUTANTS = [
     Mutant("no kernel is used", COLUMNS,
            "    for spec, square in quantizers_of(recipe):", "    for spec, square in ():",
            TESTS + "a_layer_on_kernels_has_the_bytes_of_one_without"),
+
+    # ---- products of packed operands
+    Mutant("one of two constant factors is left out", MATMUL,
+           "constant_factor(spec) ** 2", "constant_factor(spec)", PRODUCT + "[fp4-bwd]"),
+    Mutant("the factors of rows are left out of a packed product", MATMUL,
+           "return cast(product * factor, dtype)", "return cast(product, dtype)",
+           PRODUCT + "[eden-in-all]"),
+    Mutant("what is packed along another axis is multiplied", RECIPES,
+           'self.format == "mxfp4" and self.rhs != "reuse"', 'self.format == "mxfp4"',
+           PRODUCT + "[nvfp4-in-mxfp4]"),
+    Mutant("codes are read as values", MATMUL,
+           "ops.dequantize(self.packed, dtype) if self.is_packed else self.values", "self.values",
+           PRODUCT + "[nvfp4-in-mxfp4]"),
+    Mutant("nothing is packed", MATMUL, "if operand.spec.is_packed:", "if False:",
+           TESTS + "what_a_packed_product_leaves_for_the_backward_pass_is_packed"),
+    Mutant("quantisers are not loaded where there is a backend", "fp4/emulate/__init__.py",
+           "if not recipe.has_kernels:", "if not recipe.has_kernels and backend is None:", LOADED),
+    Mutant("packed products run without kernels", "fp4/emulate/__init__.py",
+           "if recipe.has_packed_products and", "if recipe.has_kernels and", LOADED),
 ]
