@@ -9,10 +9,11 @@ product. Each but rhs of a row can be changed for one run, as in recipe("fp4", s
 --scale nearest. A single value changes the products named at CHANGES below; three values,
 --rotation 32:none:128, are for forward, dgrad and wgrad.
 
-A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). Any other quantised row is
-emulated (emulate/matmul.py): a kernel that is compiled for its columns quantises the operands, and
-an ordinary matmul multiplies them. The methods that no columns describe are emulated in PyTorch
-(emulate/baselines.py); only fp8 has products of its own (emulate/fp8.py).
+A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). For any other row that has
+columns, a kernel that is compiled for them quantises the operands (emulate/matmul.py). The MXFP4
+kernels still multiply two operands of MXFP4; an ordinary matmul multiplies others. The methods that
+no columns describe are emulated in PyTorch (emulate/baselines.py); only fp8 has products of its own
+(emulate/fp8.py).
 A row of your own is RECIPES["mine"] = Recipe(...), as the README shows.
 """
 from typing import NamedTuple

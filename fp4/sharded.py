@@ -15,7 +15,7 @@ are, byte for byte, the quantised whole weight. It is they that travel here:
     of the kernels (fp4 ...)            packed codes, scales, and the mask      4.25 + 1
     fp8                                 E4M3 values                             8
     unquantised; embedding and head     the dtype of the activations            16 or 32
-    emulated; and exceptions, below     float32                                 32
+    others; and exceptions, below       float32                                 32
 
 Quantised weights are so small that a block whose weights are all quantised keeps what was gathered
 until the last backward pass of a step. In FP4 a weight thus travels once a step, and in BF16 twice

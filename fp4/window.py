@@ -10,7 +10,8 @@ below the largest of its group. Blocks of zeros do not count, nor do those with 
     own         E4M3, 1 x 128 values    E5M2, 32 x 128 values   kernels/fp8_tiles.cuh
     fp8         E4M3, a row             E4M3, a row             backend.gemm_on_fp8
 
-Other products have no window, or none that was measured.
+Other products have no window, or none that was measured. Counted are the layers whose quantisers
+are Quartet's; other recipes may multiply MXFP4 in the same products (emulate/matmul.py), uncounted.
 """
 from typing import NamedTuple
 

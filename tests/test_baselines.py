@@ -571,7 +571,9 @@ def test_a_row_in_bfloat16_is_the_method_written_out_up_to_the_rounding_of_resul
     dw_distance = distance(results[2:], expected[2:])
     if has_few_bits(ROWS[name]):
         assert dw_distance <= 2e-3                      # rounded once: twice would be 2.4e-3
-    assert name != "fp8" or dw_distance <= 1e-6         # and not at all
+    wgrad = ROWS[name].wgrad
+    if name == "fp8" or (wgrad is not None and wgrad.is_packed):
+        assert dw_distance <= 1e-6                      # and not at all
 
 
 def test_every_row_has_a_statement():

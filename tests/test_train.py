@@ -448,6 +448,13 @@ def test_blocks_that_are_kept_may_be_all_and_not_more():
         resolved("--size", "tiny", "--keep_first", 3, "--keep_last", 2)
 
 
+def test_a_row_that_multiplies_mxfp4_has_the_backend_for_it():
+    for args, is_used in ((["--precision", "fp4", "--scale", "mse"], True),
+                          (["--precision", "fp4-bwd"], True), (["--precision", "nvfp4"], False)):
+        model = quartet.build_model(resolved("--size", "tiny", *args), 64)
+        assert model.backend is (quartet.fp4.build() if is_used else None)
+
+
 def test_a_sample_is_the_prompt_and_what_the_seeds_generator_draws(two_blocks):
     words = types.SimpleNamespace(encode=lambda text: [ord(letter) for letter in text],
                                   decode=lambda ids: ids)
