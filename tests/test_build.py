@@ -526,7 +526,7 @@ def check_that_the_library_for_a_gpu_links(nvcc, tmp_path, monkeypatch):
     sources = (*build.CPU_SOURCES, *build.CUDA_SOURCES, *backend.sources)
     flags = ("-DUSE_CUDA", *backend.flags)
     cpp_extension.JIT_EXTENSION_VERSIONER.entries.clear()
-    build.compile_library(str(tmp_path / "made"), sources, flags, backend.target)
+    build.compile_library(str(tmp_path / "made"), sources, flags, backend.target, "kernels")
     assert loaded == [str(tmp_path / "made" / "made.so")]
     needs = subprocess.run([READELF, "-d", *loaded], capture_output=True, text=True).stdout
     assert "libcudart.so." in needs and "libtorch_cpu.so" in needs
