@@ -34,7 +34,7 @@ STOCHASTIC = "nvfp4_absmax_16_before_stochastic"
 SQUARE = "nvfp4_four_six_0_none_nearest_square"
 PMA = "mxfp4_pma_32_before_nearest"
 FLOOR = "mxfp4_floor_32_none_nearest"
-MSE = "mxfp4_mse_128_before_nearest"
+MSE = "mxfp4_mse_32_none_eden"
 ROW_EDEN = "mxfp4_pma_64_before_eden"
 
 MUTANTS = [
