@@ -61,8 +61,8 @@ void check_aligned(const Tensor& t, const char* name) {
       name, " must begin at a multiple of 16 bytes: clone it");
 }
 
-// x is what a quantiser takes: a matrix of values whose rows divide into blocks of 32.
-void check_blocks(const Tensor& x) {
+// x is a matrix of values whose rows divide into pieces of `multiple`.
+void check_matrix(const Tensor& x, int64_t multiple) {
   const bool is_matrix = x.dim() == 2 && x.is_contiguous();
   CHECK(
       is_float_or_bfloat16(x.scalar_type()) && is_matrix,
@@ -70,9 +70,12 @@ void check_blocks(const Tensor& x) {
       x.dim(), " dimension(s) of ", dtype_name(x));
   check_aligned(x, "x");
   CHECK(
-      x.size(1) % 32 == 0,
-      "the last dimension must be a multiple of 32, got ", x.size(1));
+      x.size(1) % multiple == 0,
+      "the last dimension must be a multiple of ", multiple, ", got ", x.size(1));
 }
+
+// x is what Quartet's quantisers take: its rows divide into blocks of 32.
+void check_blocks(const Tensor& x) { check_matrix(x, 32); }
 
 // ---- checks of tensors that belong together
 
@@ -104,12 +107,14 @@ void check_right_operand(const Tensor& b, const Tensor& b_scales, const Tensor& 
       "the products' inner dimensions differ: ", K, " and ", 2 * b.size(1));
 }
 
-void check_mask(const Tensor& mask, const Tensor& x, int64_t M, int64_t K) {
+// `name` is what the mask belongs to: a matrix [M, K] on the device of x.
+void check_mask(
+    const Tensor& mask, const Tensor& x, int64_t M, int64_t K, const char* name = "d") {
   check_tensor(mask, "mask", 2, ScalarType::Int);
   check_same_device(x, mask, "mask");
   CHECK(
       mask.size(0) == M && 32 * mask.size(1) == K,
-      "mask [M, K/32] does not match d [M, K]");
+      "mask [M, K/32] does not match ", name, " [M, K]");
 }
 
 // t holds the n sign words or the n seeds with which x is quantised.

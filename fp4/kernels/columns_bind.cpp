@@ -15,23 +15,11 @@ namespace {
 
 constexpr int64_t PADDING = columns::ROTATION > 32 ? columns::ROTATION : 32;
 
-void check_matrix(const Tensor& x) {
-  const bool is_matrix = x.dim() == 2 && x.is_contiguous();
-  CHECK(
-      is_float_or_bfloat16(x.scalar_type()) && is_matrix,
-      "x must be a contiguous float32 or bfloat16 matrix, got ",
-      x.dim(), " dimension(s) of ", dtype_name(x));
-  check_aligned(x, "x");
-  CHECK(
-      x.size(1) % 16 == 0,
-      "the last dimension must be a multiple of 16, got ", x.size(1));
-}
-
 // Checks the matrix that is quantised, and returns [rows, columns] of it in memory.
 std::pair<int64_t, int64_t> check_source(
     const Tensor& x, const std::optional<Tensor>& scales, bool transposed) {
   if (!scales) {
-    check_matrix(x);
+    check_matrix(x, 16);
     return {x.size(0), x.size(1)};
   }
   check_packed(x, *scales);
@@ -136,19 +124,13 @@ Tensor unrotate(
     const Tensor& mask,
     const std::optional<Tensor>& signs,
     ScalarType dtype) {
-  check_matrix(product);
+  check_matrix(product, PADDING);
   const int64_t M = product.size(0);
   const int64_t K = product.size(1);
-  CHECK(K % PADDING == 0, "the last dimension must be a multiple of ", PADDING, ", got ", K);
   check_factor(product, left, "left", M);
   check_factor(product, right, "right", K);
-  if (columns::HAS_MASK) {
-    check_tensor(mask, "mask", 2, ScalarType::Int);
-    check_same_device(product, mask, "mask");
-    CHECK(
-        mask.size(0) == M && 32 * mask.size(1) == K,
-        "mask [M, K/32] does not match the product [M, K]");
-  }
+  if (columns::HAS_MASK)
+    check_mask(mask, product, M, K, "the product");
 
   Tensor out = new_matrix(product, M, K, dtype);
   Unrotation op = {};

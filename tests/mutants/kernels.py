@@ -246,7 +246,7 @@ MUTANTS = [
           "const bool is_matrix = x.dim() == 2;",
           IN_KERNELS + "test_an_op_takes_no_matrix_it_would_misread"),
     fault("part of a block is left out in silence", "bind_tensors.h",
-          "x.size(1) % 32 == 0,", "x.size(1) % 16 == 0,",
+          "x.size(1) % multiple == 0,", "x.size(1) % (multiple / 2) == 0,",
           IN_REFERENCE + "test_the_definition_and_the_kernels_refuse_the_same_arguments_with_a"
           "_sentence"),
     fault("three seeds are taken for two", "bind_tensors.h",
