@@ -59,10 +59,13 @@ def butterfly(v, combine):
     """Replaces each pair (a, b) of a block by combine(a, b), five times.
 
     First the pairs are neighbours, then 2, 4, 8 and 16 apart: each element meets all 32 in the end.
+    A longer block takes more such rounds, and a shorter one fewer.
     """
-    for stride in (1, 2, 4, 8, 16):
+    stride = 1
+    while stride < v.shape[-1]:
         a, b = v.unflatten(-1, (-1, 2, stride)).unbind(-2)
         v = torch.stack(combine(a, b), -2).flatten(-3)
+        stride *= 2
     return v
 
 

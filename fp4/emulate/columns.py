@@ -58,12 +58,7 @@ def rotate(v, n, signs=None, signs_after=False):
     v = v.float().unflatten(-1, (-1, n))
     if signs is not None and not signs_after:
         v = v * sign_values(signs, n)
-    stride = 1
-    while stride < n:
-        a, b = v.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        v = torch.stack((a + b, a - b), -2).flatten(-3)
-        stride *= 2
-    v = v * n ** -.5
+    v = reference.butterfly(v, lambda a, b: (a + b, a - b)) * n ** -.5
     if signs is not None and signs_after:
         v = v * sign_values(signs, n)
     return v.flatten(-2)
