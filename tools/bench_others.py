@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 import torch
 
-from data.files import UserError
+from data.files import checked
 from tools import bench, machine
 from tools.bench_report import ROUNDS, SHAPES, by_row, numbers, ratio, ratio_to_bf16, show
 from tools.markdown import bullets, rewrite, table
@@ -145,10 +145,7 @@ def sum_of_block(shapes, row):
 
 def main(argv):
     args = parse(argv)
-    try:
-        backend = bench.load_kernels("auto")
-    except ValueError as reason:
-        raise UserError(str(reason))
+    backend = checked(bench.load_kernels, "auto")
     rows, problems = usable_torchao()
     for problem in problems:
         bench.log("bench:", problem)

@@ -24,7 +24,7 @@ import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
 
-from data.files import UserError, atomic_write_text
+from data.files import atomic_write_text, checked
 from fp4.recipes import RECIPES
 from tools import cli
 
@@ -224,10 +224,7 @@ def row_table(entries):
 
 def main(argv):
     args = parse(argv)
-    try:
-        bench.load_kernels("auto")      # Later, all processes find them compiled.
-    except ValueError as reason:
-        raise UserError(str(reason))
+    checked(bench.load_kernels, "auto")      # Later, all processes find them compiled.
     memory = torch.cuda.get_device_properties().total_memory / 2 ** 30
     results = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
                    date=str(datetime.date.today()))

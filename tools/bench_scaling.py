@@ -107,7 +107,7 @@ import quartet
 from model import PRESETS, count_params, rope_table
 from tools import machine, processes
 from tools.bench_report import VOCABULARY
-from tools.markdown import bullets, replaced, table
+from tools.markdown import bullets, rewrite, table
 
 FP4_FOLDER = os.path.dirname(os.path.abspath(fp4.__file__))
 README = os.path.join(FP4_FOLDER, "README.md")
@@ -612,7 +612,7 @@ def main(argv):
     text = report(results)
     print(text)
     if args.write:
-        write(text)
+        rewrite(README, text, "scaling")
 
 
 def measured_today(results):
@@ -624,13 +624,6 @@ def measured_today(results):
         return []
     is_same = all(saved[key] == results[key] for key in ("gpu", "torch", "date"))
     return [entry for entry in saved["entries"] if is_same and "failed" not in entry]
-
-
-def write(text):
-    """Rewrites the tables of the README. Raises ValueError without their markers."""
-    with open(README) as file:
-        new = replaced(file.read(), text, "scaling")
-    atomic_write_text(README, new)
 
 
 if __name__ == "__main__":

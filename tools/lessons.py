@@ -29,13 +29,12 @@ if __name__ == "__main__":
 
 import torch
 
-from data.files import atomic_write_text
 from fp4 import ops, reference
 from fp4.build import KERNELS, build, find_or_compile
 from fp4.check import check
 from tools import machine
 from tools.bench import gpu_milliseconds
-from tools.markdown import replaced, table
+from tools.markdown import rewrite, table
 
 FOLDER = os.path.join(KERNELS, "lessons")
 README = os.path.join(FOLDER, "README.md")
@@ -232,8 +231,7 @@ def main(argv):
     text = report(measure(library, lessons), *limits())
     print(text)
     if args.write:
-        with open(README) as file:
-            atomic_write_text(README, replaced(file.read(), text, "lessons"))
+        rewrite(README, text, "lessons")
     return 0
 
 

@@ -38,7 +38,7 @@ import quartet
 from fp4.recipes import RECIPES
 from model import PRESETS, count_params
 from tools.ablation import compare, finish
-from tools.markdown import replaced
+from tools.markdown import rewrite
 from tools.report import (NO_PICTURE, by_label, check_one_corpus, draw_gap, histories_by_label,
                           report, table, text)
 from tools.run import (LENGTHS, label, parse_log, read_text, resumed_otherwise, split_logs,
@@ -214,9 +214,7 @@ def write_results(logs):
         name = "ablation" if number == 1 else f"ablation{number}"
         sections.append(make_section(runs, name))
     draw_longest(lengths[-1])
-    with open(README) as file:
-        readme = replaced(file.read(), "\n\n".join(sections), "ablation")
-    atomic_write_text(README, readme)
+    rewrite(README, "\n\n".join(sections), "ablation")
     atomic_write_text(RUNS, "".join(logs))
 
 
