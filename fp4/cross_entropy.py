@@ -37,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         is_counted = (targets >= 0)[:, None]
         loss = x.new_zeros((), dtype=torch.float32)
         dx = []
-        dw = torch.zeros_like(weight)
+        dw = torch.zeros_like(weight) if has_backward else None
         for part in chunks(len(x), MAX_LOGITS // len(w)):
             log_p = F.linear(x[part], w).float().log_softmax(-1)
             loss = loss + F.nll_loss(log_p, targets[part], ignore_index=-1, reduction="sum")
