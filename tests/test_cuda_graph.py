@@ -1,15 +1,17 @@
 """Parts of a step that are replayed as CUDA graphs do what they do when they are called."""
 import contextlib
+import functools
 import math
 
 import pytest
 import torch
 
 import fp4
+import quartet
 from data.files import UserError
 from fp4 import ops
 from model import Llama, ModelConfig
-from tools import cuda_graph
+from tools import cuda_graph, machine, processes
 from tools.cuda_graph import Replayed, forward_backward, pays
 from test_train import SMALL, corpus, log, run         # fixtures, and a reader
 
@@ -112,6 +114,35 @@ def test_small_models_on_one_gpu_are_replayed_and_others_if_asked(
 def test_what_cannot_be_replayed_is_refused(device, is_spread):
     with pytest.raises(UserError, match="one process on a GPU"):
         pays(True, device, 128, is_spread)
+
+
+@pytest.mark.parametrize("is_sharded, n_processes, expected", [
+    (False, 1, True),
+    (True, 1, False),
+    (False, 2, False),
+])
+def test_a_run_that_is_spread_is_not_replayed(monkeypatch, is_sharded, n_processes, expected):
+    monkeypatch.setattr(machine, "resolve_device", lambda device: "cuda")
+    monkeypatch.setattr(processes, "size", lambda: n_processes)
+    settings = quartet.Settings(size="tiny", name="r", shard=is_sharded)
+    assert quartet.resolve(settings).replay is expected
+
+
+def test_a_replayed_run_keeps_the_memory_of_its_gradients(run, monkeypatch):
+    places = []
+
+    def watched(f):
+        def call(*inputs):
+            result = f(*inputs)
+            if isinstance(f, functools.partial) and f.func is torch.nn.utils.clip_grad_norm_:
+                places.append([parameter.grad.data_ptr() for parameter in f.args[0]])
+            return result
+        return call
+
+    monkeypatch.setattr(cuda_graph, "pays", lambda *args: True)
+    monkeypatch.setattr(cuda_graph, "Replayed", watched)
+    assert run(*SMALL, "--steps", 3, "--sample_tokens", 5, "--name", "r")[0] == 0
+    assert len(places) == 3 and places[0] == places[1] == places[2]
 
 
 # ---- on a GPU

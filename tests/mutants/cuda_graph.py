@@ -19,4 +19,10 @@ MUTANTS = [
            "and n_embd < BUSY_FROM if", "if", SMALL),
     Mutant("several processes are replayed", "tools/cuda_graph.py",
            'device != "cpu" and not is_spread', 'device != "cpu"', SMALL),
+    Mutant("a sharded model is replayed", "quartet.py",
+           "settings.shard or processes.size() > 1", "processes.size() > 1",
+           GRAPH + "a_run_that_is_spread_is_not_replayed"),
+    Mutant("the gradients that a replay adds to are freed", "quartet.py",
+           "zero_grad(set_to_none=not cfg.replay)", "zero_grad()",
+           GRAPH + "a_replayed_run_keeps_the_memory_of_its_gradients"),
 ]
