@@ -28,7 +28,7 @@ law: kernels matplotlib ## train a small sweep in BF16 and FP4, and fit the scal
 bench: kernels nvml ## on a GPU: times and joules against BF16, 10 minutes; rewrites fp4/README.md
 	$(PYTHON) -m tools.bench
 
-test: test-packages ## the tests, in 5 to 6 minutes on two cores
+test: test-packages ## the tests, in 6 to 7 minutes on two cores
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 test-all: test-packages ## all tests, also those that compile or simulate CUDA
