@@ -221,7 +221,7 @@ def cases(shapes):
         yield codes, scales, by_row, True, torch.float32
         with_nan = scales.clone()
         with_nan[rows // 2, 0] = 255
-        with_nan[:, 1] = 0
+        with_nan[:, 1:2] = 0
         yield codes, with_nan, by_row[:1], True, torch.float32
 
 

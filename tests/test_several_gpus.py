@@ -21,8 +21,12 @@ NUMBERS = [n for n in (2, 4) if n <= max(N_GPUS, 2)]
 WAYS = {"ddp": [], "sharded": ["--shard"]}
 SMALL = ["--size", "tiny", "--batch", "16", "--micro", "4", "--seq", "64", "--eval_every", "3",
          "--steps", "6", "--sample_tokens", "5"]
-# Of losses near 6 in BF16 after five steps. Between two runs of one GPU they differ by 1e-5.
-CLOSE = 2e-3
+# How far losses near 6 may be from those of one GPU. The gradients of the first step are the same
+# up to the order of sums, so that weights differ by little. That grows from step to step, and
+# faster in FP8, where a value near the middle between two codes goes to the other one: on 4 H200s
+# .00005 in the second step became .0027 in the third, in which the loss jumps from 5.06 to 5.43.
+CLOSE_AT_FIRST = 5e-4
+CLOSE = {"bf16": 2e-3, "fp8": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,11 @@ def test_losses_are_those_of_one_gpu(trained, n, way, precision):
     alone = trained(0, "ddp", precision, "--no_compile")
     several = trained(n, way, precision, "--no_compile")
     assert len(several) == 6
-    assert far(several, alone, 1) <= CLOSE and far(several, alone, 2) <= CLOSE
+    norm, norm_alone = column(several, 4)[0], column(alone, 4)[0]
+    assert abs(norm - norm_alone) <= 1e-4 * norm_alone
+    assert far(several[:2], alone[:2], 1) <= CLOSE_AT_FIRST
+    assert far(several, alone, 1) <= CLOSE[precision]
+    assert far(several, alone, 2) <= CLOSE[precision]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -105,7 +113,7 @@ def test_a_run_goes_on_with_another_number_of_gpus(trained, command, folder, sta
     shutil.move(folder / name / "ckpt-3.pt", folder / name / "ckpt.pt")
     finish(command(end[0], *WAYS[end[1]], "--precision", "bf16", "--name", name, "--resume",
                    "--no_compile"))
-    assert len(log(folder / name)) == 6 and far(log(folder / name), rows, 1) <= CLOSE
+    assert len(log(folder / name)) == 6 and far(log(folder / name), rows, 1) <= CLOSE["bf16"]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -32,6 +32,7 @@ are applied after the product, so that the rounded values are exact in bfloat16 
 INT4, and of w and x where dgrad and wgrad take them over). With bfloat16 activations, a dw that is
 not of packed operands is rounded to bfloat16 once, as it is in any BF16 training.
 """
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -165,8 +166,9 @@ def draw_signs_and_seeds(dy, nonce, specs):
         return None, [None] * len(specs)
 
     drawn = words(dy, nonce, SIGN_WORDS + sum(is_random))
-    seeds = iter(drawn[SIGN_WORDS:].split(1))
-    return drawn[:SIGN_WORDS], [next(seeds) if draws else None for draws in is_random]
+    places = itertools.count(SIGN_WORDS)
+    seeds = [drawn.narrow(0, next(places), 1) if draws else None for draws in is_random]
+    return drawn[:SIGN_WORDS], seeds
 
 
 def scaled_matmul(a, b, factor, dtype):
