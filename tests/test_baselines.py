@@ -220,6 +220,11 @@ def reduce_square(v, reduce):
     return reduced.expand(-1, 16, -1, -1).flatten(0, 1)
 
 
+def times_inverse(x, scale):
+    "x / scale, as float32 has it: times the inverse, both rounded"
+    return (x.float() * (1 / scale.float())).double()
+
+
 def nvfp4(v, n=0, signs=None, top=6, cap=448, ratios=(1,), square=False, noise=None, eden=False):
     rows = len(v)
     v = pad(rotate(v, n, signs), 16)
@@ -234,7 +239,7 @@ def nvfp4(v, n=0, signs=None, top=6, cap=448, ratios=(1,), square=False, noise=N
     for ratio in ratios:
         scale = to_grid(largest / (top / ratio * tensor_scale), E4M3)
         scale = torch.where(scale == 0, 1., scale)
-        q = to_grid(x / (scale * tensor_scale), E2M1, None if eden else noise)
+        q = to_grid(times_inverse(x, scale * tensor_scale), E2M1, None if eden else noise)
         if eden:
             vv = (x * x).sum(-1, True)
             vq = (x * q * scale * tensor_scale).sum(-1, True)

@@ -51,7 +51,7 @@ SIZE = "30M"
 VARIANTS = ["fp4 --scale mse", "fp4 --scale absmax", "fp4 --rotation 128", "fp4 --rounding eden"]
 TURNS = 6                               # of each row; one more comes first and does not count
 PATIENCE = 120                          # seconds until the first step, in which Python starts, too
-MOST_AT_A_TIME = 12
+MOST_AT_A_TIME = 8
 GIB_OF_A_ROW = 9                        # while the rows of a group compile, all may hold so much
 
 

@@ -151,19 +151,20 @@ def block_max(blocks): return blocks.abs().amax(-1, True)
 # ---- EDEN
 
 # Behind a random rotation, S = <v, v> / <v, q> times q is an unbiased estimate of v, where q is v
-# rounded to nearest. S is 1 where q has nothing left to correct.
+# rounded to nearest, elements * scale. S is 1 where q has nothing left to correct.
 
-def eden_block_correction(v, q):
+def eden_block_correction(v, elements, scale):
     """Returns the S of each block."""
-    return eden_correction(total(v * v), total(v * q))
+    return eden_correction(total(v * v), total(v * elements) * scale)
 
 
-def eden_row_correction(v, q):
+def eden_row_correction(v, elements, scale):
     """Returns the S of each row [R, 1], from the sums over its blocks."""
-    return eden_correction(total(block_totals(v * v)), total(block_totals(v * q)))
+    vv = total(v * v).squeeze(-1)
+    vq = (total(v * elements) * scale).squeeze(-1)
+    return eden_correction(total(vv), total(vq))
 
 
-def block_totals(v): return total(v).squeeze(-1)
 def eden_correction(vv, vq): return torch.where(vq == 0, 1., vv / vq)
 
 
@@ -254,7 +255,7 @@ def quantize_blocks(v, spec, noise, square):
         mask = join_blocks(u.abs() < grid.max_value, len(v), size, square)
     factor = v.new_full((1, 1), constant_factor(spec))
     if is_eden:
-        factor = eden_row_correction(blocks, elements * scale)
+        factor = eden_row_correction(blocks, elements, scale)
     return Blocks(elements, scale, factor, mask)
 
 
@@ -327,15 +328,15 @@ def quantize_nvfp4(v, spec, noise, square):
 
     largest_element = LARGEST_ELEMENT[spec.rounding]
     tensor_scale = nvfp4_tensor_scale(blocks, spec, largest_element)
-    scale, elements = nvfp4_blocks(blocks, tensor_scale, largest_element, element_noise)
+    result = nvfp4_blocks(blocks, tensor_scale, largest_element, element_noise)
     if spec.scale == "four-six":
         if element_noise is not None:
             element_noise = element_noise.flip(-1)          # as if it had been drawn again
-        scale, elements = choose_smaller_error(
-            blocks, tensor_scale, (scale, elements),
-            nvfp4_blocks(blocks, tensor_scale, largest_element * 4 / 6, element_noise))
+        result = choose_smaller_error(result, nvfp4_blocks(
+            blocks, tensor_scale, largest_element * 4 / 6, element_noise))
+    scale, elements, _ = result
     if is_eden:
-        correction = eden_block_correction(blocks, elements * scale * tensor_scale)
+        correction = eden_block_correction(blocks, elements, scale * tensor_scale)
         scale = to_grid(scale * correction, E4M3, noise[..., :1])
     values = join_blocks(elements * scale, len(v), size, square)
     return values, tensor_scale.view(1, 1), None
@@ -355,20 +356,23 @@ def nvfp4_tensor_scale(blocks, spec, largest_element):
 
 
 def nvfp4_blocks(blocks, tensor_scale, largest_element, noise):
-    """Returns the E4M3 scale of each block, and its elements, scaled to largest_element."""
+    """Scales the largest value of each block to largest_element.
+
+    Returns the E4M3 scale of each block, its elements, and the sum of their squared errors in units
+    of tensor_scale. One inverse a block, which is rounded, takes the place of 16 divisions.
+    """
     scale = to_grid(block_max(blocks) / (largest_element * tensor_scale), E4M3)
     scale = torch.where(scale == 0, 1., scale)
-    return scale, to_grid(blocks / (scale * tensor_scale), E2M1, noise)
+    inverse = (1 / (scale * tensor_scale)).clamp_max(torch.finfo(torch.float32).max)
+    u = blocks * inverse
+    elements = to_grid(u, E2M1, noise)
+    return scale, elements, total((elements - u).square()) * (scale * scale)
 
 
-def choose_smaller_error(blocks, tensor_scale, first, second):
-    """Returns, for each block, the (scale, elements) of the two with the smaller squared error."""
-    def squared_error(scale, elements):
-        return total((elements * scale * tensor_scale - blocks).square())
-
-    is_better = squared_error(*second) < squared_error(*first)
-    scale = torch.where(is_better, second[0], first[0])
-    return scale, torch.where(is_better, second[1], first[1])
+def choose_smaller_error(first, second):
+    """Returns, for each block, the one of two results of nvfp4_blocks with the smaller error."""
+    is_better = second[-1] < first[-1]
+    return [torch.where(is_better, theirs, ours) for ours, theirs in zip(first, second)]
 
 
 def quantize(v, spec, noise=None, square=False):

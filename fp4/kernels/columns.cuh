@@ -17,6 +17,8 @@ defines; so the code below is the same for both:
     Lanes::W                        how many lanes v has: 1 on a GPU, 32 on a CPU
     Lanes::lane(w)                  the number of lane w among the 32
     Lanes::exchange(x, n, other)    other becomes the x of the lane whose number differs in bit n
+    Lanes::round_nearest(u), Lanes::round_stochastically(u, noise), Lanes::pack(elements, words)
+                                    what the functions of similar names below do, or faster
 
 The lanes of 8 rows of 128 values lie as below. So a rotation of 64 or 128 is finished by two or
 four neighbouring lanes. Where blocks are square, all lanes lie below one another instead.
@@ -81,6 +83,15 @@ using PerBlock = float[BLOCKS][Lanes::W];
 template <class Lanes>
 using Noise = uint32_t[8][Lanes::W];    // a byte an element
 
+constexpr uint32_t SIGN_BIT = 0x80000000u;
+
+// Magnitudes are compared as integers, among which NaN is the largest.
+HOST_DEVICE float larger(float a, float b) {
+  const int a_bits = bits_of(a);
+  const int b_bits = bits_of(b);
+  return float_of(a_bits > b_bits ? a_bits : b_bits);
+}
+
 // ---- rotations
 
 // ROTATION^-0.5
@@ -108,7 +119,7 @@ template <class Lanes>
 HOST_DEVICE void flip_signs(Values<Lanes>& v, const uint32_t (&signs)[Lanes::W]) {
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < Lanes::W; w++)
-      v[i][w] = float_of(bits_of(v[i][w]) ^ ((signs[w] << (31 - i)) & 0x80000000u));
+      v[i][w] = float_of(bits_of(v[i][w]) ^ ((signs[w] << (31 - i)) & SIGN_BIT));
 }
 
 // A stage of the butterfly whose pairs (a, b) lie in lanes that are `stride` apart: a becomes
@@ -119,12 +130,13 @@ HOST_DEVICE void exchange_stage(Values<Lanes>& v, int stride) {
     PerLane<Lanes> other;
     Lanes::exchange(v[i], stride, other);
     for (int w = 0; w < Lanes::W; w++) {
-      const bool is_b = Lanes::lane(w) & stride;
-      const float mine = v[i][w];
-      v[i][w] = is_b ? other[w] - mine : mine + other[w];
+      const uint32_t is_b = Lanes::lane(w) & stride ? SIGN_BIT : 0;
+      v[i][w] = other[w] + float_of(bits_of(v[i][w]) ^ is_b);
     }
   }
 }
+
+constexpr int BUTTERFLY_STAGES = ROTATION == 16 ? 4 : 5;        // between values of a lane
 
 // Rotates v as the columns say, or undoes that. The matrix is its own inverse; the signs change
 // sides.
@@ -136,7 +148,7 @@ HOST_DEVICE void rotate(Values<Lanes>& v, const uint32_t (&signs)[Lanes::W]) {
     return;
   if (SIGNS == FIRST)
     flip_signs<Lanes>(v, signs);
-  UNROLL for (int stage = 0; stage < (ROTATION == 16 ? 4 : 5); stage++)
+  UNROLL for (int stage = 0; stage < BUTTERFLY_STAGES; stage++)
     butterfly_stage(v, stage);
   UNROLL for (int stride = 1; 32 * stride < ROTATION; stride *= 2)
     exchange_stage<Lanes>(v, stride);
@@ -147,14 +159,71 @@ HOST_DEVICE void rotate(Values<Lanes>& v, const uint32_t (&signs)[Lanes::W]) {
     flip_signs<Lanes>(v, signs);
 }
 
-// ---- of a block: the largest magnitude, and sums
+// ---- the largest magnitude that a rotation makes
+//
+// The last stage makes a + b and a - b of a and b, and the larger magnitude of these two is |a| +
+// |b|, rounding included. So that stage need not be computed. Of the sums of two lanes, which both
+// would compute, each computes half.
 
-// Magnitudes are compared as integers, among which NaN is the largest.
-HOST_DEVICE float larger(float a, float b) {
-  const int a_bits = bits_of(a);
-  const int b_bits = bits_of(b);
-  return float_of(a_bits > b_bits ? a_bits : b_bits);
+// Leaves in v[0] .. v[15] the sums |a| + |b| of a stage between values that are `stride` apart.
+template <class Lanes>
+HOST_DEVICE void sums_of_stage(Values<Lanes>& v, int stride) {
+  UNROLL for (int pair = 0; pair < 16; pair++) {
+    const int left = pair / stride * 2 * stride + pair % stride;
+    for (int w = 0; w < Lanes::W; w++)
+      v[pair][w] = fabsf(v[left][w]) + fabsf(v[left + stride][w]);
+  }
 }
+
+// The same, of a stage between lanes.
+template <class Lanes>
+HOST_DEVICE void sums_of_exchange(Values<Lanes>& v, int stride) {
+  UNROLL for (int i = 0; i < 16; i++) {
+    PerLane<Lanes> kept;
+    PerLane<Lanes> sent;
+    PerLane<Lanes> received;
+    for (int w = 0; w < Lanes::W; w++) {
+      const bool is_b = Lanes::lane(w) & stride;
+      kept[w] = is_b ? v[i + 16][w] : v[i][w];
+      sent[w] = is_b ? v[i][w] : v[i + 16][w];
+    }
+    Lanes::exchange(sent, stride, received);
+    for (int w = 0; w < Lanes::W; w++)
+      v[i][w] = fabsf(kept[w]) + fabsf(received[w]);
+  }
+}
+
+// Leaves in each lane the largest magnitude among some of the values that rotate() would make. All
+// lanes together have them all. Destroys v.
+template <class Lanes>
+HOST_DEVICE void rotated_max(
+    Values<Lanes>& v, const uint32_t (&signs)[Lanes::W], PerLane<Lanes>& largest) {
+  if (ROTATION == 0) {
+    max_magnitude(v, largest);
+    return;
+  }
+  constexpr int LAST_EXCHANGE = ROTATION / 64;      // the stride, in lanes; 0: there is none
+  constexpr int LOCAL_STAGES = LAST_EXCHANGE ? BUTTERFLY_STAGES : BUTTERFLY_STAGES - 1;
+  if (SIGNS == Signs::before)
+    flip_signs<Lanes>(v, signs);
+  UNROLL for (int stage = 0; stage < LOCAL_STAGES; stage++)
+    butterfly_stage(v, stage);
+  UNROLL for (int stride = 1; stride < LAST_EXCHANGE; stride *= 2)
+    exchange_stage<Lanes>(v, stride);
+  if (LAST_EXCHANGE)
+    sums_of_exchange<Lanes>(v, LAST_EXCHANGE);
+  else
+    sums_of_stage<Lanes>(v, 1 << LOCAL_STAGES);
+  for (int w = 0; w < Lanes::W; w++)
+    largest[w] = 0;
+  UNROLL for (int i = 0; i < 16; i++)
+    for (int w = 0; w < Lanes::W; w++)
+      largest[w] = larger(largest[w], v[i][w]);
+  for (int w = 0; w < Lanes::W; w++)
+    largest[w] *= ROTATION_NORM;
+}
+
+// ---- of a block: the largest magnitude, and sums
 
 template <class Lanes>
 HOST_DEVICE void block_max(const Values<Lanes>& v, PerBlock<Lanes>& largest) {
@@ -240,7 +309,7 @@ HOST_DEVICE Rounded round_magnitude(float u) {
 }
 
 HOST_DEVICE float with_sign(float u, float magnitude) {
-  return float_of(bits_of(magnitude) | (bits_of(u) & 0x80000000u));
+  return float_of(bits_of(magnitude) | (bits_of(u) & SIGN_BIT));
 }
 
 template <class Grid>
@@ -278,12 +347,27 @@ HOST_DEVICE int noise_of(const Noise<Lanes>& noise, int i, int w) {
   return (noise[i / 4][w] >> (8 * (i % 4))) & 255;
 }
 
-// Rounds element i of lane w, scaled to u.
+// Round values that were divided by their scales to elements.
 template <class Lanes>
-HOST_DEVICE float round_element(float u, const Noise<Lanes>& noise, int i, int w) {
+HOST_DEVICE void nearest_elements(Values<Lanes>& u) {
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < Lanes::W; w++)
+      u[i][w] = to_grid<Elements>(u[i][w]);
+}
+
+template <class Lanes>
+HOST_DEVICE void stochastic_elements(Values<Lanes>& u, const Noise<Lanes>& noise) {
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < Lanes::W; w++)
+      u[i][w] = to_grid<Elements>(u[i][w], noise_of<Lanes>(noise, i, w));
+}
+
+template <class Lanes>
+HOST_DEVICE void round_elements(Values<Lanes>& u, const Noise<Lanes>& noise) {
   if (IS_STOCHASTIC)
-    return to_grid<Elements>(u, noise_of<Lanes>(noise, i, w));
-  return to_grid<Elements>(u);
+    Lanes::round_stochastically(u, noise);
+  else
+    Lanes::round_nearest(u);
 }
 
 // ---- what the quantisers below return, beside the values, which take the place of v
@@ -296,12 +380,14 @@ struct Quantized {
   PerLane<Lanes> vq;
 };
 
+// The sum of a * b over each block.
 template <class Lanes>
-HOST_DEVICE void sum_squares(const Values<Lanes>& v, PerBlock<Lanes>& sums) {
+HOST_DEVICE void sum_products(
+    const Values<Lanes>& a, const Values<Lanes>& b, PerBlock<Lanes>& sums) {
   Values<Lanes> terms;
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < Lanes::W; w++)
-      terms[i][w] = v[i][w] * v[i][w];
+      terms[i][w] = a[i][w] * b[i][w];
   sum_blocks<Lanes>(terms, sums);
 }
 
@@ -316,15 +402,19 @@ HOST_DEVICE void mse_exponents(
     const Values<Lanes>& v, const PerLane<Lanes>& largest, int (&best)[Lanes::W]) {
   PerLane<Lanes> least;
   for (int candidate = 0; candidate < 3; candidate++) {
-    Values<Lanes> terms;
+    PerLane<Lanes> scale;
+    Values<Lanes> u;
     PerBlock<Lanes> error;
+    for (int w = 0; w < Lanes::W; w++)
+      scale[w] = scale_pow2(exponent(largest[w]) - 3 + candidate);
     UNROLL for (int i = 0; i < 32; i++)
-      for (int w = 0; w < Lanes::W; w++) {
-        const float scale = scale_pow2(exponent(largest[w]) - 3 + candidate);
-        const float difference = to_grid<E2M1>(v[i][w] * (1 / scale)) * scale - v[i][w];
-        terms[i][w] = difference * difference;
-      }
-    sum_blocks<Lanes>(terms, error);
+      for (int w = 0; w < Lanes::W; w++)
+        u[i][w] = v[i][w] * (1 / scale[w]);
+    Lanes::round_nearest(u);
+    UNROLL for (int i = 0; i < 32; i++)
+      for (int w = 0; w < Lanes::W; w++)
+        u[i][w] = u[i][w] * scale[w] - v[i][w];
+    sum_products<Lanes>(u, u, error);
     for (int w = 0; w < Lanes::W; w++) {
       const bool is_better = candidate == 0 || error[0][w] < least[w];
       least[w] = is_better ? error[0][w] : least[w];
@@ -375,36 +465,33 @@ HOST_DEVICE void quantize_mx(
     Values<Lanes>& v, const Noise<Lanes>& noise, Quantized<Lanes>& out) {
   PerLane<Lanes> scale;
   PerLane<Lanes> inverse;
-  PerBlock<Lanes> vv;
-  PerBlock<Lanes> vq;
-  Values<Lanes> terms;
+  Values<Lanes> u;
   find_scales<Lanes>(v, scale);
-  if (IS_EDEN)
-    sum_squares<Lanes>(v, vv);
   for (int w = 0; w < Lanes::W; w++) {
     inverse[w] = 1 / scale[w];
+    out.scale[w] = scale[w];
     out.mask[w] = 0;
   }
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < Lanes::W; w++) {
-      const float u = scaled(v[i][w], scale[w], inverse[w]);
-      const float element = round_element<Lanes>(u, noise, i, w);
-      const float q = element * scale[w];
+      u[i][w] = scaled(v[i][w], scale[w], inverse[w]);
       if (HAS_MASK)
-        out.mask[w] |= uint32_t(fabsf(u) < Elements::MAX_VALUE) << i;
-      if (IS_EDEN)
-        terms[i][w] = v[i][w] * q;
-      v[i][w] = packs ? element : q;
+        out.mask[w] |= uint32_t(fabsf(u[i][w]) < Elements::MAX_VALUE) << i;
     }
-  for (int w = 0; w < Lanes::W; w++)
-    out.scale[w] = scale[w];
+  round_elements<Lanes>(u, noise);
   if (IS_EDEN) {
-    sum_blocks<Lanes>(terms, vq);
+    PerBlock<Lanes> vv;
+    PerBlock<Lanes> vu;
+    sum_products<Lanes>(v, v, vv);
+    sum_products<Lanes>(v, u, vu);
     for (int w = 0; w < Lanes::W; w++) {
       out.vv[w] = vv[0][w];
-      out.vq[w] = vq[0][w];
+      out.vq[w] = vu[0][w] * scale[w];
     }
   }
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < Lanes::W; w++)
+      v[i][w] = packs ? u[i][w] : u[i][w] * scale[w];
 }
 
 // The factor that all values of the operand have beside their blocks' scales.
@@ -426,21 +513,27 @@ HOST_DEVICE uint32_t code_of(float element) {
 }
 
 // Packs the elements of each lane's block: words[n][w] has the codes of elements 8 n .. 8 n + 7.
-// Those of a block that is not finite are zero.
 template <class Lanes>
-HOST_DEVICE void pack_codes(
-    const Values<Lanes>& elements,
-    const PerLane<Lanes>& scale,
-    uint32_t (&words)[4][Lanes::W]) {
+HOST_DEVICE void pack_elements(const Values<Lanes>& elements, uint32_t (&words)[4][Lanes::W]) {
   UNROLL for (int n = 0; n < 4; n++) {
     for (int w = 0; w < Lanes::W; w++)
       words[n][w] = 0;
     UNROLL for (int i = 0; i < 8; i++)
       for (int w = 0; w < Lanes::W; w++)
         words[n][w] |= code_of(elements[8 * n + i][w]) << (4 * i);
+  }
+}
+
+// The same, but those of a block that is not finite are zero.
+template <class Lanes>
+HOST_DEVICE void pack_codes(
+    const Values<Lanes>& elements,
+    const PerLane<Lanes>& scale,
+    uint32_t (&words)[4][Lanes::W]) {
+  Lanes::pack(elements, words);
+  for (int n = 0; n < 4; n++)
     for (int w = 0; w < Lanes::W; w++)
       words[n][w] = is_finite(scale[w]) ? words[n][w] : 0;
-  }
 }
 
 // The byte of a scale, which is a power of two or NaN: the exponent of the float.
@@ -471,22 +564,47 @@ HOST_DEVICE float nvfp4_block_scale(float largest, float tensor_scale, double la
   return scale == 0 ? 1 : scale;
 }
 
-// The squared error of each block under these scales.
+constexpr float LARGEST_FLOAT = 0x1.FFFFFEp127f;
+
+// u becomes v divided by the scales, by a product with their inverse, which is rounded.
+template <class Lanes>
+HOST_DEVICE void scale_nvfp4(
+    const Values<Lanes>& v,
+    const PerBlock<Lanes>& scale,
+    float tensor_scale,
+    Values<Lanes>& u) {
+  PerBlock<Lanes> inverse;
+  UNROLL for (int b = 0; b < BLOCKS; b++)
+    for (int w = 0; w < Lanes::W; w++) {
+      const float exact = 1 / (scale[b][w] * tensor_scale);
+      inverse[b][w] = exact > LARGEST_FLOAT ? LARGEST_FLOAT : exact;
+    }
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < Lanes::W; w++)
+      u[i][w] = v[i][w] * inverse[i / BLOCK_SIZE][w];
+}
+
+// The squared error of each block under these scales, in units of the tensor's.
 template <class Lanes>
 HOST_DEVICE void nvfp4_errors(
     const Values<Lanes>& v,
     const PerBlock<Lanes>& scale,
     float tensor_scale,
     PerBlock<Lanes>& error) {
-  Values<Lanes> terms;
+  Values<Lanes> u;
+  Values<Lanes> rounded;
+  scale_nvfp4<Lanes>(v, scale, tensor_scale, u);
   UNROLL for (int i = 0; i < 32; i++)
-    for (int w = 0; w < Lanes::W; w++) {
-      const float s = scale[i / BLOCK_SIZE][w];
-      const float q = to_grid<E2M1>(v[i][w] / (s * tensor_scale));
-      const float difference = q * s * tensor_scale - v[i][w];
-      terms[i][w] = difference * difference;
-    }
-  sum_blocks<Lanes>(terms, error);
+    for (int w = 0; w < Lanes::W; w++)
+      rounded[i][w] = u[i][w];
+  Lanes::round_nearest(rounded);
+  UNROLL for (int i = 0; i < 32; i++)
+    for (int w = 0; w < Lanes::W; w++)
+      u[i][w] = rounded[i][w] - u[i][w];
+  sum_products<Lanes>(u, u, error);
+  UNROLL for (int b = 0; b < BLOCKS; b++)
+    for (int w = 0; w < Lanes::W; w++)
+      error[b][w] *= scale[b][w] * scale[b][w];
 }
 
 template <class Lanes>
@@ -532,36 +650,23 @@ template <class Lanes>
 HOST_DEVICE void quantize_nvfp4(
     Values<Lanes>& v, float tensor_scale, const Noise<Lanes>& noise) {
   PerBlock<Lanes> scale;
-  PerBlock<Lanes> vv;
-  PerBlock<Lanes> vq;
-  Values<Lanes> terms;
+  Values<Lanes> u;
   nvfp4_scales<Lanes>(v, tensor_scale, scale);
-  if (IS_EDEN)
-    sum_squares<Lanes>(v, vv);
-  UNROLL for (int i = 0; i < 32; i++)
-    for (int w = 0; w < Lanes::W; w++) {
-      const float s = scale[i / BLOCK_SIZE][w];
-      const float q = round_element<Lanes>(v[i][w] / (s * tensor_scale), noise, i, w);
-      if (IS_EDEN)
-        terms[i][w] = v[i][w] * (q * s * tensor_scale);
-      v[i][w] = q;
-    }
+  scale_nvfp4<Lanes>(v, scale, tensor_scale, u);
+  round_elements<Lanes>(u, noise);
   if (IS_EDEN) {
-    sum_blocks<Lanes>(terms, vq);
+    PerBlock<Lanes> vv;
+    PerBlock<Lanes> vq;
+    sum_products<Lanes>(v, v, vv);
+    sum_products<Lanes>(v, u, vq);
+    UNROLL for (int b = 0; b < BLOCKS; b++)
+      for (int w = 0; w < Lanes::W; w++)
+        vq[b][w] *= scale[b][w] * tensor_scale;
     correct_scales<Lanes>(vv, vq, noise, scale);
   }
   UNROLL for (int i = 0; i < 32; i++)
     for (int w = 0; w < Lanes::W; w++)
-      v[i][w] *= scale[i / BLOCK_SIZE][w];
-}
-
-// ---- a row's sum, which several threads, or one, make of the sums of its blocks
-
-// Adds what is `stride` apart, where `first` is an even number of strides and the second is there.
-// With strides 1, 2, 4 .. every sum ends in sums[0], in the order of sum_blocks().
-HOST_DEVICE void add_pair(float* sums, int64_t n, int64_t first, int64_t stride) {
-  if (first + stride < n)
-    sums[first] += sums[first + stride];
+      v[i][w] = u[i][w] * scale[i / BLOCK_SIZE][w];
 }
 
 }  // namespace columns

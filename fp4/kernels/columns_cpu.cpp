@@ -15,6 +15,7 @@ namespace {
 
 struct SideBySide {
   static constexpr int W = 32;
+  using Group = Block<W>;
 
   static int lane(int w) { return w; }
 
@@ -22,9 +23,19 @@ struct SideBySide {
     for (int w = 0; w < W; w++)
       other[w] = x[w ^ n];
   }
+
+  static void round_nearest(Group& u) { nearest_elements<SideBySide>(u); }
+
+  static void round_stochastically(Group& u, const uint32_t (&noise)[8][W]) {
+    stochastic_elements<SideBySide>(u, noise);
+  }
+
+  static void pack(const Group& elements, uint32_t (&words)[4][W]) {
+    pack_elements<SideBySide>(elements, words);
+  }
 };
 
-using Group = Values<SideBySide>;
+using Group = SideBySide::Group;
 constexpr int W = SideBySide::W;
 constexpr int64_t MIN_GROUPS_PER_THREAD = 4;
 
@@ -107,24 +118,24 @@ void load_packed_group(const Quantization& op, int64_t row, int64_t column, Grou
   }
 }
 
-// Loads and rotates a group; what lies beyond the matrix is zero.
-void load_rotated(const Quantization& op, int64_t row, int64_t column, Group& v) {
+// Loads a group and its signs; what lies beyond the matrix is zero.
+void load_values(
+    const Quantization& op, int64_t row, int64_t column, Group& v, uint32_t (&signs)[W]) {
   if (op.packed_x.codes)
     load_packed_group(op, row, column, v);
   else
     with_dtype(op.x, [&](auto* x) { load_group(op, x, row, column, v); });
-  uint32_t signs[W];
   find_signs(op.signs, column, signs);
-  rotate<SideBySide>(v, signs);
 }
 
 float largest_magnitude(const Quantization& op) {
   std::atomic<uint32_t> largest = 0;
   for_groups(op.rows, op.padded, [&](int64_t row, int64_t column) {
     Group v;
+    uint32_t signs[W];
     float of_lane[W];
-    load_rotated(op, row, column, v);
-    max_magnitude(v, of_lane);
+    load_values(op, row, column, v, signs);
+    rotated_max<SideBySide>(v, signs, of_lane);
     for (int w = 0; w < W; w++) {
       uint32_t known = largest;
       while (bits_of(of_lane[w]) > known &&
@@ -159,9 +170,11 @@ void store_packed(
 template <bool packs>
 void quantize_group(const Quantization& op, float tensor_scale, int64_t row, int64_t column) {
   Group v;
+  uint32_t signs[W];
   Noise<SideBySide> noise;
   Quantized<SideBySide> out;
-  load_rotated(op, row, column, v);
+  load_values(op, row, column, v, signs);
+  rotate<SideBySide>(v, signs);
   if (IS_RANDOM) {
     int64_t first[W];
     for (int w = 0; w < W; w++)
@@ -188,7 +201,8 @@ void quantize_group(const Quantization& op, float tensor_scale, int64_t row, int
   });
 }
 
-// EDEN's factor of each row, from the sums of its blocks.
+// EDEN's factor of each row, from the sums of its blocks, which are added in place in the order of
+// sum_blocks().
 void find_row_factors(const Quantization& op) {
   const int64_t blocks = op.padded / 32;
   torch::stable::parallel_for(0, op.rows, 64, [&](int64_t begin, int64_t end) {
@@ -196,9 +210,9 @@ void find_row_factors(const Quantization& op) {
       float* vv = op.scratch + row * blocks;
       float* vq = vv + op.rows * blocks;
       for (int64_t stride = 1; stride < blocks; stride *= 2)
-        for (int64_t i = 0; i < blocks; i += 2 * stride) {
-          add_pair(vv, blocks, i, stride);
-          add_pair(vq, blocks, i, stride);
+        for (int64_t i = 0; i + stride < blocks; i += 2 * stride) {
+          vv[i] += vv[i + stride];
+          vq[i] += vq[i + stride];
         }
       op.out_factor[row] = eden_correction(vv[0], vq[0]);
     }

@@ -14,9 +14,9 @@ the way into shared memory. Nothing is written but the results.
 
     nvcc -O3 -fmad=false -DCOLUMN_FORMAT=nvfp4 ... -c quantize_columns.cu
 */
-#include "block_io.cuh"
 #include "columns.cuh"
 #include "columns.h"
+#include "round.cuh"
 
 using namespace columns;
 using COLUMN_NAME::PackedMatrix;
@@ -25,11 +25,26 @@ using COLUMN_NAME::Unrotation;
 
 namespace {
 
+constexpr bool IS_E2M1 = std::is_same_v<Elements, E2M1>;
+constexpr bool IS_E4M3 = std::is_same_v<Elements, E4M3>;
+#if __CUDA_ARCH__ >= 890
+constexpr bool CONVERTS_TO_FP8 = true;      // in one instruction; before Ada it took many
+#else
+constexpr bool CONVERTS_TO_FP8 = false;
+#endif
 constexpr int THREADS = 256;
 constexpr int TILE_ROWS = 64;
 constexpr int TILE_COLUMNS = 128;
+constexpr int WARPS = THREADS / 32;
 constexpr int WARPS_ACROSS = TILE_COLUMNS / WARP_COLUMNS;
 static_assert(TILE_ROWS * TILE_COLUMNS == 32 * THREADS);
+
+__device__ void round_to_e4m3(float& a, float& b) {
+  const auto pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const float2 rounded = __half22float2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3));
+  a = rounded.x;
+  b = rounded.y;
+}
 
 struct Warp {
   static constexpr int W = 1;
@@ -38,6 +53,42 @@ struct Warp {
 
   static __device__ void exchange(const float (&x)[1], int n, float (&other)[1]) {
     other[0] = __shfl_xor_sync(0xFFFFFFFFu, x[0], n);
+  }
+
+  // round.cuh has faster ways for E2M1, and newer GPUs have instructions for E4M3.
+
+  static __device__ void round_nearest(Block32& u) {
+    if constexpr (IS_E2M1) {
+      UNROLL for (int i = 0; i < 32; i++)
+        u[i][0] = with_sign_of(u[i][0], round_to_grid(clip(u[i][0], 6), 1));
+    } else if constexpr (IS_E4M3 && CONVERTS_TO_FP8) {
+      UNROLL for (int i = 0; i < 32; i += 2)
+        round_to_e4m3(u[i][0], u[i + 1][0]);
+    } else {
+      nearest_elements<Warp>(u);
+    }
+  }
+
+  static __device__ void round_stochastically(Block32& u, const uint32_t (&noise)[8][1]) {
+    if constexpr (IS_E2M1) {
+      UNROLL for (int i = 0; i < 32; i++)
+        u[i][0] = clip(u[i][0], 6);
+      Fp16Pairs pairs;
+      ::round_stochastically(u, FP16_UNIT, noise, pairs);
+      from_fp16(pairs, u);
+    } else {
+      stochastic_elements<Warp>(u, noise);
+    }
+  }
+
+  static __device__ void pack(const Block32& elements, uint32_t (&words)[4][1]) {
+    Block32 in_units;
+    Fp16Pairs pairs;
+    UNROLL for (int i = 0; i < 32; i++)
+      in_units[i][0] = elements[i][0] * FP16_UNIT;
+    round_to_fp16(in_units, pairs);
+    const uint4 codes = fp16_to_codes(pairs);
+    memcpy(words, &codes, 16);
   }
 };
 
@@ -155,7 +206,7 @@ __device__ void apply_factor(const Quantization& op, const Place& place, Block32
 }
 
 template <bool transposed, class Source>
-__device__ void load_rotated(
+__device__ void load_values(
     const Quantization& op, Source x, const Place& place, Block32& v) {
   if constexpr (transposed) {
     using T = typename InTile<Source>::Type;
@@ -172,9 +223,6 @@ __device__ void load_rotated(
   }
   if (op.factor)
     apply_factor<transposed>(op, place, v);
-  uint32_t signs[1];
-  sign_word(op.signs, place.column, signs);
-  rotate<Warp>(v, signs);
 }
 
 // ---- storing
@@ -197,22 +245,61 @@ __device__ void store_block(
   }
 }
 
+// Stores the BF16 values of a warp so that each instruction writes whole sectors of 32 bytes. Two
+// neighbouring lanes, whose blocks are neighbours in memory, write both blocks together, first that
+// of the even lane. A block has four pieces of 16 bytes: the even lane writes 0 and 2, the odd one
+// 1 and 3.
+__device__ void store_in_pairs(bfloat16* values, int64_t first, bool inside, const Block32& v) {
+  const int odd = threadIdx.x % 2;
+  uint32_t kept[2][4];
+  uint32_t received[2][4];
+  UNROLL for (int i = 0; i < 8; i++) {
+    const int n = i / 4 * 16 + i % 4 * 2;
+    const uint32_t even_piece = pack_bf16x2(v[n][0], v[n + 1][0]);
+    const uint32_t odd_piece = pack_bf16x2(v[n + 8][0], v[n + 9][0]);
+    const uint32_t sent = odd ? even_piece : odd_piece;
+    kept[i / 4][i % 4] = odd ? odd_piece : even_piece;
+    received[i / 4][i % 4] = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
+  }
+  const bool other_inside = __shfl_xor_sync(0xFFFFFFFFu, int(inside), 1);
+  UNROLL for (int block = 0; block < 2; block++) {
+    const bool is_mine = block == odd;
+    bfloat16* target = values + first + 32 * (block - odd) + 8 * odd;
+    UNROLL for (int j = 0; j < 2; j++) {
+      uint32_t words[4];
+      UNROLL for (int i = 0; i < 4; i++)
+        words[i] = is_mine ? kept[j][i] : received[j][i];
+      if (is_mine ? inside : other_inside)
+        *(uint4*)(target + 16 * j) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
 // ---- the kernels
 
 template <bool transposed, class Source>
 __global__ void __launch_bounds__(THREADS) largest_kernel(Quantization op, Source x) {
+  __shared__ float of_warp[WARPS];
   const Place place = place_of_thread();
   Block32 v;
   float largest[1];
   float other[1];
-  load_rotated<transposed>(op, x, place, v);
-  max_magnitude(v, largest);
+  uint32_t signs[1];
+  load_values<transposed>(op, x, place, v);
+  sign_word(op.signs, place.column, signs);
+  rotated_max<Warp>(v, signs, largest);
   UNROLL for (int n = 1; n < 32; n *= 2) {
     Warp::exchange(largest, n, other);
     largest[0] = larger(largest[0], other[0]);
   }
   if (threadIdx.x % 32 == 0)
-    atomicMax((int*)op.scratch, int(bits_of(largest[0])));      // as integers: NaN is the largest
+    of_warp[threadIdx.x / 32] = largest[0];
+  __syncthreads();
+  if (threadIdx.x > 0)
+    return;
+  UNROLL for (int warp = 1; warp < WARPS; warp++)
+    largest[0] = larger(largest[0], of_warp[warp]);
+  atomicMax((int*)op.scratch, int(bits_of(largest[0])));        // as integers: NaN is the largest
 }
 
 template <bool transposed, class Source, class Target>
@@ -224,7 +311,10 @@ __global__ void __launch_bounds__(THREADS) quantize_kernel(
   Block32 v;
   Noise<Warp> noise;
   Quantized<Warp> out;
-  load_rotated<transposed>(op, x, place, v);
+  uint32_t signs[1];
+  load_values<transposed>(op, x, place, v);
+  sign_word(op.signs, place.column, signs);
+  rotate<Warp>(v, signs);
   if (IS_RANDOM)
     draw_noise<Warp>(op.seed[0], first, noise);
 
@@ -238,10 +328,14 @@ __global__ void __launch_bounds__(THREADS) quantize_kernel(
 
   if (!HAS_ROW_FACTOR && blockIdx.x + blockIdx.y + threadIdx.x == 0)
     op.out_factor[0] = factor;
+  constexpr bool IN_PAIRS = std::is_same_v<Target, bfloat16*> && !IS_SQUARE;
+  if constexpr (IN_PAIRS)
+    store_in_pairs(target, first[0], inside, v);
   if (!inside)
     return;
   const int64_t block = first[0] / 32;
-  store_block(target, block, v, out.scale);
+  if constexpr (!IN_PAIRS)
+    store_block(target, block, v, out.scale);
   if (HAS_MASK)
     op.mask[block] = out.mask[0];
   if (HAS_ROW_FACTOR) {
@@ -250,20 +344,51 @@ __global__ void __launch_bounds__(THREADS) quantize_kernel(
   }
 }
 
-// A CUDA block adds up a row, in place.
+// The sum over a warp, in the order of sum_blocks().
+__device__ float sum_of_warp(float x) {
+  UNROLL for (int n = 1; n < 32; n *= 2)
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, n);
+  return x;
+}
+
+// A warp adds up a row, in place: it makes one sum of each 32, as long as there are several.
 __global__ void __launch_bounds__(THREADS) row_factor_kernel(Quantization op) {
+  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= op.rows)
+    return;
   const int64_t blocks = op.padded / 32;
-  float* vv = op.scratch + blockIdx.x * blocks;
+  float* vv = op.scratch + row * blocks;
   float* vq = vv + op.rows * blocks;
-  for (int64_t stride = 1; stride < blocks; stride *= 2) {
-    for (int64_t i = 2 * stride * threadIdx.x; i < blocks; i += 2 * stride * THREADS) {
-      add_pair(vv, blocks, i, stride);
-      add_pair(vq, blocks, i, stride);
+  for (int64_t n = blocks; n > 1; n = ceil_div(n, 32)) {
+    for (int64_t first = 0; first < n; first += 32) {
+      const bool inside = first + lane < n;
+      const float sum_vv = sum_of_warp(inside ? vv[first + lane] : 0);
+      const float sum_vq = sum_of_warp(inside ? vq[first + lane] : 0);
+      if (lane == 0) {
+        vv[first / 32] = sum_vv;
+        vq[first / 32] = sum_vq;
+      }
     }
-    __syncthreads();
+    __syncwarp();
   }
-  if (threadIdx.x == 0)
-    op.out_factor[blockIdx.x] = eden_correction(vv[0], vq[0]);
+  if (lane == 0)
+    op.out_factor[row] = eden_correction(vv[0], vq[0]);
+}
+
+// Multiplies by the factors of the two operands.
+__device__ void apply_factors(const Unrotation& op, const Place& place, Block32& v) {
+  const float left = op.left[op.left_by_row ? place.row : 0];
+  if (!op.right_by_column) {
+    const float factor = left * op.right[0];
+    UNROLL for (int i = 0; i < 32; i++)
+      v[i][0] *= factor;
+    return;
+  }
+  Block32 right;
+  load(op.right + place.column, right);
+  UNROLL for (int i = 0; i < 32; i++)
+    v[i][0] *= left * right[i][0];
 }
 
 template <class T, class U>
@@ -275,13 +400,11 @@ __global__ void __launch_bounds__(THREADS) unrotate_kernel(
   Block32 v = {};
   if (inside) {
     load(product + first, v);
-    const float left = op.left[op.left_by_row ? place.row : 0];
-    const uint32_t mask = HAS_MASK ? op.mask[first / 32] : 0;
-    UNROLL for (int i = 0; i < 32; i++) {
-      v[i][0] *= left * op.right[op.right_by_column ? place.column + i : 0];
-      if (HAS_MASK)
-        v[i][0] *= float((mask >> i) & 1);
-    }
+    apply_factors(op, place, v);
+    const uint32_t mask = HAS_MASK ? op.mask[first / 32] : ~0u;
+    UNROLL for (int i = 0; i < 32; i++)
+      if (!((mask >> i) & 1))
+        v[i][0] *= 0;                                   // NaN stays NaN
   }
   uint32_t signs[1];
   sign_word(op.signs, place.column, signs);
@@ -319,7 +442,7 @@ void launch_quantize(const Quantization& op, Source x) {
     quantize_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x, target);
   });
   if constexpr (HAS_ROW_FACTOR)
-    row_factor_kernel<<<unsigned(op.rows), THREADS, 0, stream>>>(op);
+    row_factor_kernel<<<unsigned(ceil_div(op.rows, WARPS)), THREADS, 0, stream>>>(op);
 }
 
 }  // namespace

@@ -106,8 +106,8 @@ __device__ inline uint32_t truncate_to_fp16x2(float a, float b) {
   return bits;
 }
 
-// Rounds v * factor stochastically to FP16_UNIT * E2M1; factor contains FP16_UNIT. `block` is the
-// number of these 32 values in their tensor, which determines their noise.
+// Rounds v * factor stochastically to FP16_UNIT * E2M1; factor contains FP16_UNIT, and noise has a
+// byte for each value: byte n % 4 of word n / 4.
 //
 // When a value has been truncated to FP16, bits 9 to 11 are the code below it. The 9 bits below
 // these say which part of the step to the next code the value has gone beyond it, in units of 2^-9.
@@ -117,17 +117,38 @@ __device__ inline uint32_t truncate_to_fp16x2(float a, float b) {
 // cleared. The conversion to FP16 has cut off less than one unit, which could not have made the sum
 // reach 2^9.
 __device__ inline void round_stochastically(
-    const Block32& v, float factor, uint64_t seed, int64_t block, Fp16Pairs& pairs) {
-  uint32_t noise[2][4];                         // a byte an element: byte n % 4 of word n / 4
-  philox(seed, 2 * block, noise[0]);
-  philox(seed, 2 * block + 1, noise[1]);
+    const Block32& v, float factor, const uint32_t (&noise)[8][1], Fp16Pairs& pairs) {
   UNROLL for (int i = 0; i < 16; i++) {
-    const uint32_t word = noise[i / 8][i / 2 % 4];
+    const uint32_t word = noise[i / 2][0];
     const uint32_t twice_noise = (i % 2 ? word >> 7 : word << 1) & 0x01FE01FEu;
     const int first = first_of_pair(i);
     const float a = v[first][0] * factor;
     const float b = v[first + 2][0] * factor;
     pairs[i] = (truncate_to_fp16x2(a, b) + (twice_noise | 0x00010001u)) & 0xFE00FE00u;
+  }
+}
+
+// The same; `block` is the number of these 32 values in their tensor, which determines their noise.
+__device__ inline void round_stochastically(
+    const Block32& v, float factor, uint64_t seed, int64_t block, Fp16Pairs& pairs) {
+  uint32_t noise[8][1];
+  UNROLL for (int half = 0; half < 2; half++) {
+    uint32_t words[4];
+    philox(seed, 2 * block + half, words);
+    UNROLL for (int j = 0; j < 4; j++)
+      noise[4 * half + j][0] = words[j];
+  }
+  round_stochastically(v, factor, noise, pairs);
+}
+
+// FP16_UNIT * E2M1 -> E2M1, as floats
+__device__ inline void from_fp16(const Fp16Pairs& pairs, Block32& v) {
+  UNROLL for (int i = 0; i < 16; i++) {
+    __half2 pair;
+    memcpy(&pair, &pairs[i], 4);
+    const float2 elements = __half22float2(pair);
+    v[first_of_pair(i)][0] = elements.x / FP16_UNIT;
+    v[first_of_pair(i) + 2][0] = elements.y / FP16_UNIT;
   }
 }
 
