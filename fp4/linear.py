@@ -171,7 +171,8 @@ class Linear(nn.Linear):
             y = QuartetMatmul.apply(
                 rows, self.weight, w_quantized, self.recipe, self.backend, self.recompute)
         else:
-            y = emulate.Matmul.apply(rows, self.weight, self.recipe, self.gathered)
+            y = emulate.Matmul.apply(
+                rows, self.weight, self.recipe, self.gathered, self.backend)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 

@@ -229,6 +229,22 @@ def gemm(a, b, alpha, dtype):
     return torch.ops.fp4.gemm(*a, *b, alpha, dtype)
 
 
+def gemm_of_packed(a, a_scales, b, b_scales, rows, columns, alpha, dtype):
+    return torch.ops.fp4.gemm(a, a_scales, b, b_scales, alpha, dtype)
+
+
+@op("gemm_operands(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int rows, int columns,"
+    " float alpha, ScalarType dtype) -> Tensor",
+    gemm_of_packed)
+def gemm_operands_shape(a, a_scales, b, b_scales, rows, columns, alpha, dtype):
+    return a.new_empty(rows, columns, dtype=dtype)
+
+
+def gemm_operands(a, b, shape, alpha, dtype):
+    """Multiplies two operands of the backward pass, which are in the format of the backend."""
+    return torch.ops.fp4.gemm_operands(*a, *b, *shape, alpha, dtype)
+
+
 @op("unrotate(Tensor d, Tensor mask, ScalarType dtype) -> Tensor", reference.unrotate)
 def unrotate_shape(d, mask, dtype):
     return d.new_empty(d.shape, dtype=dtype)

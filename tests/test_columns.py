@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fp4
-from fp4 import reference
+from fp4 import ops, reference
 from fp4.build import columns_name, load_columns
 from fp4.emulate import columns, matmul, quantizers
+from fp4.ops import Packed
 from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec, validate
 from operands import (
     at_every_size, at_the_edge_of_a_scale, every_scale_byte, random_at_sizes, same, ugly_values)
@@ -322,12 +323,22 @@ def test_torch_sees_the_shapes_and_dtypes_that_the_ops_return(spec):
     (dict(x=torch.ones(4, 32).byte(), x_scales=torch.ones(4, 2).byte()),
      "a packed x is only quantised transposed"),
     (dict(x=torch.ones(4, 32).byte()), "x must be a contiguous float32 or bfloat16 matrix"),
+    (dict(operand_format=1), "operand_format must be 0 (packed), 2 (fp8_left) or 3 (fp8_right)"),
+    (dict(operand_format=2), "only what is packed can be put into tiles"),
 ])
 def test_what_an_op_cannot_take_is_refused_with_a_sentence(changes, sentence):
     arguments = dict(x=torch.ones(4, 64), x_scales=None, factor=None, signs=SIGNS, seed=SEED,
                      transposed=False, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=re.escape(sentence)):
         load(EDEN).quantize(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize("operand_format, sentence", [
+    (2, "tiles are for a GPU"), (3, "a right operand in tiles is quantised transposed")])
+def test_tiles_that_no_product_takes_are_refused_with_a_sentence(operand_format, sentence):
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        load(QUEST).quantize(
+            torch.ones(4, 64), None, None, None, None, False, torch.uint8, operand_format)
 
 
 def test_a_mask_or_a_product_that_does_not_fit_is_refused_with_a_sentence():
@@ -349,6 +360,8 @@ ROWS["eden-in-all"] = fp4.recipe(
 # w in squares is packed, reused in dgrad, and x is not read quantised in wgrad
 ROWS["nvfp4-in-mxfp4"] = fp4.recipe("nvfp4", format="mxfp4", rounding="nearest")
 ROWS["gradients-of-packed"] = fp4.recipe("fp4", format="mxfp4:nvfp4:int4")
+ROWS["absmax"] = fp4.recipe("fp4", scale="absmax")                  # rotated, without a mask
+ROWS["rotation-128"] = fp4.recipe("fp4", rotation="128")
 PACKED_ROWS = [name for name, row in ROWS.items() if row.has_packed_products]
 
 
@@ -395,6 +408,81 @@ def test_a_layer_has_the_backend_of_its_packed_products_and_its_quantisers_are_l
     monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
     assert fp4.Linear(64, 32, ROWS["fp4-bwd"], backend="a backend").backend == "a backend"
     assert columns.ops == dict.fromkeys(named(columns.quantizers_of(ROWS["fp4-bwd"])))
+
+
+class WantsTiles:
+    @staticmethod
+    def format_for(tensor): return "fp8"
+
+
+@pytest.mark.parametrize("name", PACKED_ROWS)
+def test_the_operands_of_a_gradient_are_written_as_the_backend_multiplies_them(name, monkeypatch):
+    """Here they are packed for all that, with a dimension more. Products take that away again."""
+    row = ROWS[name]
+    x, w, dy = make_data(40, 80, 48)
+    asked_for = []
+    quantize = columns.quantize_operand
+
+    def quantize_in_tiles(matrix, spec, transposed, factor, square, scales, operand_format, *rest):
+        asked_for.append((operand_format, transposed))
+        values, *others = quantize(
+            matrix, spec, transposed, factor, square, scales, "packed", *rest)
+        return values if operand_format == "packed" else values[None], *others
+
+    def gemm_operands(a, b, shape, alpha, dtype):
+        product = ops.gemm(Packed(a.codes[0], a.scales), Packed(b.codes[0], b.scales), alpha, dtype)
+        assert product.shape == shape
+        return product
+
+    def gemm_unrotate(a, b, mask, alpha, dtype):
+        product = gemm_operands(a, b, (mask.shape[0], 32 * mask.shape[1]), alpha, torch.float32)
+        return ops.unrotate(product, mask, dtype)
+
+    def gradients(backend):
+        torch.manual_seed(3)
+        _, saved = matmul.forward(x, w, row)
+        return matmul.backward(dy, saved, row, backend)
+
+    columns.prepare(row)
+    expected = gradients(None)
+    monkeypatch.setattr(columns, "quantize_operand", quantize_in_tiles)
+    monkeypatch.setattr(ops, "gemm_operands", gemm_operands)
+    monkeypatch.setattr(ops, "gemm_unrotate", gemm_unrotate)
+    for result, want in zip(gradients(WantsTiles), expected):
+        assert (result - want).norm() <= 1e-6 * want.norm()
+    is_tiled = [spec is not None and spec.is_packed for spec in (row.dgrad, row.wgrad)]
+    tiled = [("fp8_left", False), ("fp8_right", True)] * is_tiled[0]
+    tiled += [("fp8_left", True), ("fp8_right", True)] * is_tiled[1]
+    assert [each for each in asked_for if each[0] != "packed"] == tiled
+
+    monkeypatch.setattr(columns, "ops", {})             # The definition writes no tiles.
+    asked_for.clear()
+    gradients(WantsTiles)
+    assert {operand_format for operand_format, _ in asked_for} == {"packed"}
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name, (spec, _) in TABLE.items() if spec.is_packed])
+def test_operands_in_tiles_have_the_product_of_packed_ones_bit_for_bit(name):
+    if fp4.build().operand_format != "fp8":
+        pytest.skip("this GPU's product takes no tiles")
+    quantize = load(*TABLE[name]).quantize
+    random = moved("cuda", SIGNS, SEED)
+    for M, K in ((200, 336), (1100, 720)):
+        x = values_of_all_sizes(M, K).cuda()
+        for transposed in (False, True):
+            products = []
+            for left, right in ((0, 0), (2, 3)):        # packed; FP8 tiles
+                a = quantize(x, None, None, *random, transposed, torch.uint8, left)
+                other = x if transposed else x.T.contiguous()
+                b = quantize(other, None, None, *random, True, torch.uint8, right)
+                rows = x.shape[transposed]
+                if left:
+                    products.append(ops.gemm_operands(
+                        Packed(*a[:2]), Packed(*b[:2]), (rows, rows), 1., torch.float32))
+                else:
+                    products.append(ops.gemm(Packed(*a[:2]), Packed(*b[:2]), 1., torch.float32))
+            same(moved("cpu", products[0]), moved("cpu", products[1]))
 
 
 @needs_gpu

@@ -398,10 +398,11 @@ class ColumnOps(NamedTuple):
     kernels: ctypes.CDLL
     spec: GemmSpec
 
-    def quantize(self, x, x_scales, factor, signs, seed, transposed, dtype):
-        results = columns.quantized_shapes(self.spec, x, x_scales, transposed, dtype)
+    def quantize(self, x, x_scales, factor, signs, seed, transposed, dtype, operand_format=0):
+        arguments = (self.spec, x, x_scales, transposed, dtype)
+        results = columns.quantized_shapes(*arguments, operand_format)
         values, scales, out_factor, mask = (torch.full_like(t, 77) for t in results)
-        rows, padded = values.shape
+        rows, padded = columns.quantized_shapes(*arguments, PACKED)[0].shape
         k = x.shape[0 if transposed else 1]
         if dtype == torch.uint8:
             padded *= 2
@@ -409,7 +410,7 @@ class ColumnOps(NamedTuple):
         by_row = factor is not None and factor.numel() > 1
         call(self.kernels.quantize, x, x.dtype == torch.bfloat16, x_scales, transposed, rows, k,
              padded, factor, by_row, signs, seed, values, dtype == torch.bfloat16,
-             scales if dtype == torch.uint8 else None, out_factor, mask, scratch)
+             scales if dtype == torch.uint8 else None, operand_format, out_factor, mask, scratch)
         return values, scales, out_factor, mask
 
     def unrotate(self, product, left, right, mask, signs, dtype):
@@ -425,6 +426,21 @@ def test_the_kernels_of_a_gemm_spec_give_the_definitions_bytes(tmp_path, spec, s
     ops = ColumnOps(column_kernels(tmp_path, spec, square), spec)
     test_columns.check_quantize(ops, spec, square)
     test_columns.check_unrotate(ops, spec)
+
+
+@pytest.mark.parametrize("spec", [
+    pytest.param(spec, id=name) for name, (spec, _) in test_columns.TABLE.items()
+    if spec.is_packed])
+def test_the_kernels_of_a_gemm_spec_write_fp8_tiles_of_what_is_packed(tmp_path, spec):
+    ops = ColumnOps(column_kernels(tmp_path, spec, False), spec)
+    for x, scales, factor, transposed, _ in test_columns.packed_cases(((37, 208), (136, 48))):
+        for operand_format in (FP8_LEFT, FP8_RIGHT)[:2 if transposed else 1]:
+            arguments = (x, scales, factor, test_columns.SIGNS, test_columns.SEED, transposed,
+                         torch.uint8)
+            *packed, want_factor, want_mask = ops.quantize(*arguments)
+            *tiles, got_factor, got_mask = ops.quantize(*arguments, operand_format)
+            assert is_operand(tiles, packed, operand_format)
+            same([got_factor, got_mask], [want_factor, want_mask])
 
 
 # ---- the FP8 formats

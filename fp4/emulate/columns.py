@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..build import BUILD_ERRORS, columns_name, first_line, load_columns
-from ..ops import packed_shapes
+from ..ops import operand_shapes
 from .quantizers import CLIPS_ON_PURPOSE, quantize, quantize_packed
 
 SIGN_WORDS = 2                      # 128 signs, for the longest rotation; a shorter one reads fewer
@@ -174,8 +174,15 @@ def load_or_fall_back(spec, square):
     return define_ops(name, spec)
 
 
-def quantized_shapes(spec, x, x_scales, transposed, dtype):
-    """Returns empty tensors like those that quantising x or x.T makes."""
+# What an operand can be written as, if it is not values: the enum OperandFormat of kernels/ops.h.
+FORMATS = ("packed", "mxf4", "fp8_left", "fp8_right")
+
+
+def quantized_shapes(spec, x, x_scales, transposed, dtype, operand_format):
+    """Returns empty tensors like those that quantising x or x.T makes.
+
+    operand_format      its number in FORMATS
+    """
     rows, k = x.shape if x_scales is None else (x.shape[0], 2 * x.shape[1])
     if transposed:
         rows, k = k, rows
@@ -185,7 +192,8 @@ def quantized_shapes(spec, x, x_scales, transposed, dtype):
     values = x.new_empty(rows, padded, dtype=dtype)
     scales = x.new_empty(0, dtype=torch.uint8)
     if dtype == torch.uint8:
-        values, scales = packed_shapes(x, rows, padded)
+        word, _, side = FORMATS[operand_format].partition("_")
+        values, scales = operand_shapes(x, rows, padded, word, is_right=side == "right")
     return (values, scales,
             x.new_empty(factors, 1, dtype=torch.float32),
             x.new_empty(mask_shape, dtype=torch.int32))
@@ -193,14 +201,15 @@ def quantized_shapes(spec, x, x_scales, transposed, dtype):
 
 def define_ops(name, spec):
     """Gives the two ops of a name their schemas; the library that was loaded implements them."""
-    def shapes_of_quantize(x, x_scales, factor, signs, seed, transposed, dtype):
-        return quantized_shapes(spec, x, x_scales, transposed, dtype)
+    def shapes_of_quantize(
+            x, x_scales, factor, signs, seed, transposed, dtype, operand_format=0):
+        return quantized_shapes(spec, x, x_scales, transposed, dtype, operand_format)
 
     def unrotated_shape(product, left, right, mask, signs, dtype):
         return torch.empty_like(product, dtype=dtype)
 
     library.define(f"quantize_{name}(Tensor x, Tensor? x_scales, Tensor? factor, Tensor? signs, "
-                   "Tensor? seed, bool transposed, ScalarType dtype) "
+                   "Tensor? seed, bool transposed, ScalarType dtype, int operand_format=0) "
                    "-> (Tensor values, Tensor scales, Tensor factor, Tensor mask)")
     library.define(f"unrotate_{name}(Tensor product, Tensor left, Tensor right, Tensor mask, "
                    "Tensor? signs, ScalarType dtype) -> Tensor")
@@ -211,7 +220,13 @@ def define_ops(name, spec):
                getattr(namespace, f"unrotate_{name}").default)
 
 
-def quantize_operand(matrix, spec, transposed, factor, square, scales, signs, seed, dtype):
+def is_compiled(spec):
+    """Says whether operands in blocks along their rows are quantised by a kernel."""
+    return ops.get(columns_name(spec, square=False)) is not None
+
+
+def quantize_operand(
+        matrix, spec, transposed, factor, square, scales, operand_format, signs, seed, dtype):
     """Rotates and quantises a matrix in memory as a GemmSpec says, along its rows.
 
     matrix      [R, K], or [K, R] if transposed: the operand is then its transpose; float32 or
@@ -220,18 +235,21 @@ def quantize_operand(matrix, spec, transposed, factor, square, scales, signs, se
                 multiplied by it. None: nothing is
     square      whether blocks are square
     scales      uint8 [K, R/32] of a matrix that is packed, or None
+    operand_format      of what is packed: one of FORMATS. Tiles need a kernel (is_compiled) and a
+                GPU; a right operand in tiles is transposed
     signs       int64 [SIGN_WORDS], or None where spec has none
     seed        int64 [1], or None where spec rounds to nearest
     dtype       of the values: float32 or bfloat16; uint8 packs them, which spec.is_packed allows
     returns     values [R, K padded] in dtype, scales [0], factor float32 [1, 1] or [R, 1], mask
                 int32 [R, K padded / 32] or [0]. Packed: codes uint8 [R, K padded / 2] and scales
-                uint8 [R, K padded / 32] instead
+                uint8 [R, K padded / 32] instead; in tiles as ops.operand_shapes says
     """
     compiled = ops.get(columns_name(spec, square))
     if compiled is None:
         return quantize_by_definition(
             matrix, scales, factor, signs, seed, transposed, dtype, spec, square)
-    return compiled.quantize(matrix.contiguous(), scales, factor, signs, seed, transposed, dtype)
+    return compiled.quantize(matrix.contiguous(), scales, factor, signs, seed, transposed, dtype,
+                             FORMATS.index(operand_format))
 
 
 def unrotate(product, left, right, mask, signs, dtype, spec):

@@ -72,13 +72,15 @@ class Operand(NamedTuple):
     factor: torch.Tensor | None = None  # float32 [1, 1] or [rows of matrix, 1]: times this
     square: bool = False                # blocks are squares, not stretches of one row
     scales: torch.Tensor | None = None  # of a packed matrix, which is transposed
+    operand_format: str = "packed"      # of the result, if it is packed: columns.FORMATS
 
 
 class Quantized(NamedTuple):
     """A rotated and quantised matrix: it is approximately values * factor.
 
     values      [R, K padded], in the dtype of the activations, and scales [0]; or packed, which
-                are codes uint8 [R, K padded / 2] and scales uint8 [R, K padded / 32]
+                are codes uint8 [R, K padded / 2] and scales uint8 [R, K padded / 32], or what
+                ops.py says of another operand format
     """
     values: torch.Tensor
     scales: torch.Tensor
@@ -87,6 +89,11 @@ class Quantized(NamedTuple):
 
     @property
     def is_packed(self): return self.values.dtype == torch.uint8
+
+    @property
+    def is_tiled(self):
+        "Says whether it is packed in FP8 tiles, which gemm_operands multiplies."
+        return self.values.dim() == 3
 
     @property
     def packed(self): return Packed(self.values, self.scales)
@@ -176,13 +183,20 @@ def scaled_matmul(a, b, factor, dtype):
     return cast((a @ b.T).float() * factor, dtype)
 
 
-def scaled_product(left, right, spec, dtype):
+def packed_product(left, right, shape, alpha, dtype):
+    """Returns alpha * left @ right.T, [M, N] = shape, of two Quantized that are packed."""
+    if left.is_tiled:
+        return ops.gemm_operands(left.packed, right.packed, shape, alpha, dtype)
+    return ops.gemm(left.packed, right.packed, alpha, dtype)
+
+
+def scaled_product(left, right, spec, shape, dtype):
     """Returns left @ right.T of two Quantized, times their factors, in dtype."""
     if left.is_packed and spec.rounding != "eden":
-        return ops.gemm(left.packed, right.packed, constant_factor(spec) ** 2, dtype)
+        return packed_product(left, right, shape, constant_factor(spec) ** 2, dtype)
     factor = left.factor * right.factor.T
     if left.is_packed:
-        product = ops.gemm(left.packed, right.packed, 1., torch.float32)
+        product = packed_product(left, right, shape, 1., torch.float32)
         return cast(product * factor, dtype)
     return scaled_matmul(left.values, right.values, factor, dtype)
 
@@ -208,30 +222,40 @@ def forward(x, w, recipe):
     is_square = spec.rhs == "square_blocks"
     operands = [Operand(x, spec), Operand(w, spec, square=is_square)]
     (x_quantized, w_quantized), signs = quantize_operands(x, w, operands)
-    y = scaled_product(x_quantized, w_quantized, spec, x.dtype)
+    y = scaled_product(x_quantized, w_quantized, spec, (len(x), len(w)), x.dtype)
     keeps_x = recipe.wgrad is not None and recipe.wgrad.rhs == "from_unquantized"
     return y, Saved(*x_quantized, *w_quantized, signs, x if keeps_x else None, w)
 
 
-def backward(dy, saved, recipe):
+def backward(dy, saved, recipe, backend=None):
     """Computes dx = dy w in dy's dtype, and dw = dy.T x in float32."""
     saved = Saved(*saved)
     used_w, used_x = saved.w_quantized, saved.x_quantized
-    operands = [
+    dgrad = as_the_product_wants(
         Operand(dy, recipe.dgrad),
         grad_rhs(recipe.dgrad, used_w, saved.w, recipe.forward, saved.signs, dy.dtype),
+        backend)
+    wgrad = as_the_product_wants(
         Operand(dy, recipe.wgrad, transposed=True),
         grad_rhs(recipe.wgrad, used_x, saved.x, recipe.forward, saved.signs, dy.dtype),
-    ]
-    quantized, _ = quantize_operands(dy, saved.x_values, operands)
-    dy_rows, w_columns, dy_columns, x_columns = quantized
+        backend)
+    quantized, _ = quantize_operands(dy, saved.x_values, [*dgrad, *wgrad])
 
-    dx = grad_product(dy_rows, w_columns, recipe.dgrad, dy.dtype, saved.x_mask, recipe.forward,
-                      saved.signs)
-    dw = grad_product(dy_columns, x_columns, recipe.wgrad, torch.float32, saved.w_mask,
-                      recipe.forward, saved.signs)
-    in_features = saved.w.shape[1]                      # without the padding
-    return cast(dx[:, :in_features], dy.dtype), cast(dw[:, :in_features], torch.float32)
+    basis = Basis(recipe.forward, saved.signs, saved.w.shape[1])
+    dx = grad_product(*quantized[:2], recipe.dgrad, len(dy), dy.dtype, saved.x_mask, basis)
+    dw = grad_product(*quantized[2:], recipe.wgrad, dy.shape[1], torch.float32, saved.w_mask, basis)
+    return cast(dx[:, :basis.width], dy.dtype), cast(dw[:, :basis.width], torch.float32)
+
+
+def as_the_product_wants(left, right, backend):
+    """Returns both operands of a gradient, to be written in FP8 tiles if the backend multiplies
+    these, which saves their way through memory as packed matrices."""
+    specs = (left.spec, right.spec)
+    if backend is None or backend.format_for(left.matrix) != "fp8" or None in specs:
+        return left, right
+    if not all(spec.is_packed and columns.is_compiled(spec) for spec in specs):
+        return left, right
+    return left._replace(operand_format="fp8_left"), right._replace(operand_format="fp8_right")
 
 
 def grad_rhs(spec, used, unquantized, forward_spec, signs, dtype):
@@ -258,16 +282,42 @@ def grad_rhs(spec, used, unquantized, forward_spec, signs, dtype):
     return Operand(used.values, spec, True, factor, scales=scales)
 
 
-def grad_product(left, right, spec, dtype, mask, forward_spec, signs):
-    """Multiplies two Quantized, and takes the gradient out of the basis of the forward rotation."""
-    if forward_spec is None or not columns.has_basis(forward_spec):
-        return scaled_product(left, right, spec, dtype)
+class Basis(NamedTuple):
+    """The basis in which the forward pass has quantised x and w, along their in-features."""
+    spec: GemmSpec | None           # the forward product's
+    signs: torch.Tensor | None
+    width: int                      # the number of in-features
+
+    @property
+    def padded(self):
+        return self.width if self.spec is None else columns.padded_size(self.width, self.spec)
+
+    @property
+    def has_epilogue(self):
+        "Says whether gemm_unrotate takes a gradient out of it."
+        return self.spec.rotation == 32 and self.spec.signs == "none"
+
+
+def grad_product(left, right, spec, rows, dtype, mask, basis):
+    """Multiplies two Quantized, and takes the gradient out of the basis of the forward rotation.
+
+    rows        those of left
+    returns     [rows, basis.padded] in dtype
+    """
+    shape = (rows, basis.padded)
+    if basis.spec is None or not columns.has_basis(basis.spec):
+        return scaled_product(left, right, spec, shape, dtype)
+    if left.is_tiled and basis.has_epilogue and spec.rounding != "eden":
+        if mask.numel() == 0:
+            mask = mask.new_full((rows, basis.padded // 32), -1)        # Nothing has clipped.
+        return ops.gemm_unrotate(
+            left.packed, right.packed, mask, constant_factor(spec) ** 2, dtype)
     if left.is_packed:
-        product = ops.gemm(left.packed, right.packed, 1., dtype)
+        product = packed_product(left, right, shape, 1., dtype)
     else:
         product = left.values @ right.values.T
     return columns.unrotate(
-        product, left.factor, right.factor, mask, signs, dtype, forward_spec)
+        product, left.factor, right.factor, mask, basis.signs, dtype, basis.spec)
 
 
 # What a recipe's `method` names, as a pair: forward(x, w, recipe) -> y, saved tensors, and
@@ -283,19 +333,26 @@ class Matmul(torch.autograd.Function):
     w           [N, K]  float32
     recipe      a Recipe
     w_ready     None, or w as the method quantises it, where that is done already
+    backend     the Backend that multiplies packed operands, or None
     returns     [M, N]  in x's dtype
     """
 
     @staticmethod
-    def forward(ctx, x, w, recipe, w_ready=None):
+    def forward(ctx, x, w, recipe, w_ready=None, backend=None):
         method_forward, _ = METHODS[recipe.method]
         y, saved = method_forward(x, w if w_ready is None else w_ready, recipe)
         ctx.save_for_backward(*saved)
         ctx.recipe = recipe
+        ctx.backend = backend
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        _, method_backward = METHODS[ctx.recipe.method]
-        dx, dw = method_backward(dy.contiguous(), ctx.saved_tensors, ctx.recipe)
-        return dx, dw, None, None
+        recipe = ctx.recipe
+        dy = dy.contiguous()
+        if recipe.method:
+            _, method_backward = METHODS[recipe.method]
+            dx, dw = method_backward(dy, ctx.saved_tensors, recipe)
+        else:
+            dx, dw = backward(dy, ctx.saved_tensors, recipe, ctx.backend)
+        return dx, dw, None, None, None

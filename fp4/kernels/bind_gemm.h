@@ -274,9 +274,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_gemm(
   return {y, codes, scales, mask};
 }
 
-// a [M, K] in format LEFT and b [N, K] in format RIGHT -> alpha * a @ b.T, masked and unrotated,
-// [M, N]. The mask [M, N/32] says what M and N are, because the rows of an operand in tiles are
-// padded.
+// a [M, K] in format LEFT and b [N, K] in format RIGHT -> alpha * a @ b.T [M, N]. With a mask
+// [M, N/32] the result is masked and unrotated. M and N are arguments because the rows of an
+// operand in tiles are padded.
+Tensor multiply_operands(
+    const Operand& left,
+    const Operand& right,
+    int64_t M,
+    int64_t N,
+    const Tensor* mask,
+    double alpha,
+    ScalarType dtype) {
+  for (const Tensor* t : {&left.scales, &right.values, &right.scales})
+    check_same_device(left.values, *t, "one of the operands");
+  check_gemm_operand(left, M, LEFT);
+  check_gemm_operand(right, N, RIGHT);
+  CHECK(left.values.size(1) == right.values.size(1), "the operands' inner dimensions differ");
+  const Device device(left.values);
+  return multiply(left, right, M, N, mask, alpha, dtype, device);
+}
+
+Tensor gemm_operands(
+    const Tensor& a,
+    const Tensor& a_scales,
+    const Tensor& b,
+    const Tensor& b_scales,
+    int64_t rows,
+    int64_t columns,
+    double alpha,
+    ScalarType dtype) {
+  CHECK(columns % 8 == 0, "the rows of b must be a multiple of 8, got ", columns);
+  return multiply_operands({a, a_scales}, {b, b_scales}, rows, columns, nullptr, alpha, dtype);
+}
+
 Tensor gemm_unrotate(
     const Tensor& a,
     const Tensor& a_scales,
@@ -286,23 +316,17 @@ Tensor gemm_unrotate(
     double alpha,
     ScalarType dtype) {
   check_tensor(mask, "mask", 2, ScalarType::Int);
-  for (const Tensor* t : {&a_scales, &b, &b_scales, &mask})
-    check_same_device(a, *t, "one of the operands");
+  check_same_device(a, mask, "the mask");
   const int64_t M = mask.size(0);
   const int64_t N = 32 * mask.size(1);
-  const Operand left = {a, a_scales};
-  const Operand right = {b, b_scales};
-  check_gemm_operand(left, M, LEFT);
-  check_gemm_operand(right, N, RIGHT);
-  CHECK(a.size(1) == b.size(1), "the operands' inner dimensions differ");
-  const Device device(a);
-  return multiply(left, right, M, N, &mask, alpha, dtype, device);
+  return multiply_operands({a, a_scales}, {b, b_scales}, M, N, &mask, alpha, dtype);
 }
 
 template <class Library>
 void register_gemm(Library& library) {
   library.impl("gemm", TORCH_BOX(&gemm_cuda));
   library.impl("quantize_gemm", TORCH_BOX(&quantize_gemm));
+  library.impl("gemm_operands", TORCH_BOX(&gemm_operands));
   library.impl("gemm_unrotate", TORCH_BOX(&gemm_unrotate));
 }
 

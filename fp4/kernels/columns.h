@@ -14,6 +14,13 @@ struct PackedMatrix {
   uint8_t* scales;
 };
 
+// An operand in the FP8 tiles of fp8_tiles.cuh.
+struct TileMatrix {
+  void* values;             // nullptr: there is none
+  float* scales;
+  bool right;
+};
+
 struct Quantization {
   FloatMatrix x;            // in memory: [rows, columns], or [columns, rows] if transposed
   PackedMatrix packed_x;    // if it is there, it is read in place of x, and transposed
@@ -27,6 +34,7 @@ struct Quantization {
   const int64_t* seed;      // [1], or nullptr where nothing is random
   FloatMatrix values;       // [rows, padded]
   PackedMatrix packed;      // if it is there, it is written in place of the values, if CAN_PACK
+  TileMatrix tiles;         // likewise; on a GPU alone, and not a right one unless transposed
   float* out_factor;        // [1], or [rows] if HAS_ROW_FACTOR
   int32_t* mask;            // [rows, padded / 32] if HAS_MASK
   // What the passes leave one another. NVFP4: [1], the largest magnitude. HAS_ROW_FACTOR: [2, rows,

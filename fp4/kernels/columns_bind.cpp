@@ -27,8 +27,27 @@ std::pair<int64_t, int64_t> check_source(
   return {x.size(0), 2 * x.size(1)};
 }
 
+// The format of an operand that is not written as values: packed, or FP8 tiles.
+OperandFormat parse_format(int64_t number, bool packs, bool transposed) {
+  const auto format = OperandFormat(number);
+  const bool is_right = format == OperandFormat::fp8_right;
+  const bool in_tiles = is_right || format == OperandFormat::fp8_left;
+  CHECK(
+      in_tiles || format == OperandFormat::packed,
+      "operand_format must be 0 (packed), 2 (fp8_left) or 3 (fp8_right), got ", number);
+  CHECK(packs || !in_tiles, "only what is packed can be put into tiles");
+  CHECK(transposed || !is_right, "a right operand in tiles is quantised transposed");
+  return format;
+}
+
 PackedMatrix packed_matrix(const Tensor& codes, const Tensor& scales) {
   return {bytes(codes), bytes(scales)};
+}
+
+// Values, which have no scales beside them.
+Operand new_values(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  const Tensor no_scales = torch::stable::new_empty(like, {0}, ScalarType::Byte);
+  return {new_matrix(like, rows, columns, dtype), no_scales};
 }
 
 // The factors of `rows` rows, or one for all.
@@ -64,12 +83,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
     const std::optional<Tensor>& signs,
     const std::optional<Tensor>& seed,
     bool transposed,
-    ScalarType dtype) {
+    ScalarType dtype,
+    int64_t operand_format) {
   const auto [memory_rows, memory_columns] = check_source(x, x_scales, transposed);
   if (factor)
     check_factor(x, *factor, "factor", memory_rows);
   const bool packs = dtype == ScalarType::Byte;
   CHECK(columns::CAN_PACK || !packs, "only MXFP4 can be packed");
+  const OperandFormat format = parse_format(operand_format, packs, transposed);
 
   Quantization op = {};
   if (x_scales)
@@ -87,19 +108,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
 
   const int64_t blocks = op.rows * op.padded / 32;
   const int64_t sums = columns::HAS_ROW_FACTOR ? 2 * blocks : 1;
-  Tensor values = new_matrix(x, op.rows, packs ? op.padded / 2 : op.padded, dtype);
-  Tensor scales = packs ? new_scales(x, op.rows, op.padded)
-                        : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  const Operand out = packs ? new_operand(x, op.rows, op.padded, format)
+                            : new_values(x, op.rows, op.padded, dtype);
   const int64_t factors = columns::HAS_ROW_FACTOR ? op.rows : 1;
   Tensor out_factor = new_matrix(x, factors, 1, ScalarType::Float);
   Tensor mask = columns::HAS_MASK
       ? new_mask(x, op.rows, op.padded)
       : torch::stable::new_empty(x, {0}, ScalarType::Int);
   Tensor scratch = torch::stable::new_empty(x, {sums}, ScalarType::Float);
-  if (packs)
-    op.packed = packed_matrix(values, scales);
+  if (format != OperandFormat::packed)
+    op.tiles = {out.values.data_ptr(), floats(out.scales), format == OperandFormat::fp8_right};
+  else if (packs)
+    op.packed = packed_matrix(out.values, out.scales);
   else
-    op.values = float_matrix(values);
+    op.values = float_matrix(out.values);
   op.out_factor = floats(out_factor);
   op.mask = words(mask);
   op.scratch = floats(scratch);
@@ -109,11 +131,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
 #ifdef USE_CUDA
   if (x.is_cuda()) {
     quantize_on_gpu(op);
-    return {values, scales, out_factor, mask};
+    return {out.values, out.scales, out_factor, mask};
   }
 #endif
   quantize_on_cpu(op);
-  return {values, scales, out_factor, mask};
+  return {out.values, out.scales, out_factor, mask};
 }
 
 // The arguments are those of unrotate in emulate/columns.py.

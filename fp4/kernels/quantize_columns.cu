@@ -16,6 +16,7 @@ the way into shared memory. Nothing is written but the results.
 */
 #include "columns.cuh"
 #include "columns.h"
+#include "fp8_tiles.cuh"
 #include "round.cuh"
 
 using namespace columns;
@@ -226,23 +227,49 @@ __device__ void load_values(
 }
 
 // ---- storing
+// What is written is a Target: values (float*, bfloat16*), a PackedMatrix, or Fp8Tiles. The last
+// two are made of elements and their scale.
+
+template <bool right>
+struct Fp8Tiles {
+  uint4* values;
+  float* scales;
+};
 
 template <class Target>
-constexpr bool IS_PACKED = std::is_same_v<Target, PackedMatrix>;
+constexpr bool IS_VALUES = std::is_pointer_v<Target>;
 
-// Stores values or, to a packed matrix, elements and their scale.
-template <class Target>
+__device__ uint4 codes_of(const Block32& elements, const float (&scale)[1]) {
+  uint32_t words[4][1];
+  pack_codes<Warp>(elements, scale, words);
+  return make_uint4(words[0][0], words[1][0], words[2][0], words[3][0]);
+}
+
 __device__ void store_block(
-    Target target, int64_t block, const Block32& v, const float (&scale)[1]) {
-  if constexpr (IS_PACKED<Target>) {
-    uint32_t words[4][1];
-    pack_codes<Warp>(v, scale, words);
-    ((uint4*)target.codes)[block] =
-        make_uint4(words[0][0], words[1][0], words[2][0], words[3][0]);
-    target.scales[block] = scale_byte(scale[0]);
-  } else {
-    store(target + 32 * block, v);
-  }
+    PackedMatrix target, int64_t block, const Block32& elements, const float (&scale)[1]) {
+  ((uint4*)target.codes)[block] = codes_of(elements, scale);
+  target.scales[block] = scale_byte(scale[0]);
+}
+
+template <class T>
+__device__ void store_block(
+    T* target, int64_t block, const Block32& v, const float (&)[1]) {
+  store(target + 32 * block, v);
+}
+
+// A CUDA block makes half of a tile of FP8. It writes zeros beyond the operand, too.
+template <bool right>
+__device__ void store_tiles(
+    Fp8Tiles<right> target,
+    const Place& place,
+    const Block32& elements,
+    const float (&scale)[1]) {
+  __shared__ int warp_max[WARPS];
+  const int tile_row = blockIdx.x % 2 * TILE_ROWS + place.tile_row;
+  const int64_t tile = int64_t(blockIdx.x / 2) * gridDim.y + blockIdx.y;
+  const int e = int(scale_byte(scale[0])) - 127;
+  packed_to_fp8_block<right>(codes_of(elements, scale), e, is_finite(scale[0]), tile_row, tile,
+                             target.values, target.scales, warp_max);
 }
 
 // Stores the BF16 values of a warp so that each instruction writes whole sectors of 32 bytes. Two
@@ -272,6 +299,25 @@ __device__ void store_in_pairs(bfloat16* values, int64_t first, bool inside, con
       if (is_mine ? inside : other_inside)
         *(uint4*)(target + 16 * j) = make_uint4(words[0], words[1], words[2], words[3]);
     }
+  }
+}
+
+// Stores the blocks of a warp, each thread its own; `block` is its number in the operand.
+template <class Target>
+__device__ void store_warp(
+    Target target,
+    const Place& place,
+    int64_t block,
+    bool inside,
+    const Block32& v,
+    const float (&scale)[1]) {
+  if constexpr (std::is_same_v<Target, bfloat16*> && !IS_SQUARE)
+    store_in_pairs(target, 32 * block, inside, v);
+  else if constexpr (IS_VALUES<Target> || std::is_same_v<Target, PackedMatrix>) {
+    if (inside)
+      store_block(target, block, v, scale);
+  } else {
+    store_tiles(target, place, v, scale);
   }
 }
 
@@ -323,19 +369,15 @@ __global__ void __launch_bounds__(THREADS) quantize_kernel(
     factor = nvfp4_tensor_scale(op.scratch[0]);
     quantize_nvfp4<Warp>(v, factor, noise);
   } else {
-    quantize_mx<Warp, IS_PACKED<Target>>(v, noise, out);
+    quantize_mx<Warp, !IS_VALUES<Target>>(v, noise, out);
   }
 
   if (!HAS_ROW_FACTOR && blockIdx.x + blockIdx.y + threadIdx.x == 0)
     op.out_factor[0] = factor;
-  constexpr bool IN_PAIRS = std::is_same_v<Target, bfloat16*> && !IS_SQUARE;
-  if constexpr (IN_PAIRS)
-    store_in_pairs(target, first[0], inside, v);
+  store_warp(target, place, first[0] / 32, inside, v, out.scale);
   if (!inside)
     return;
   const int64_t block = first[0] / 32;
-  if constexpr (!IN_PAIRS)
-    store_block(target, block, v, out.scale);
   if (HAS_MASK)
     op.mask[block] = out.mask[0];
   if (HAS_ROW_FACTOR) {
@@ -419,26 +461,33 @@ dim3 grid_of(int64_t rows, int64_t columns) {
   return dim3(unsigned(ceil_div(rows, TILE_ROWS)), unsigned(ceil_div(columns, TILE_COLUMNS)));
 }
 
-// Calls f with what is to be written: values or, with CAN_PACK, a packed matrix.
-template <class F>
+// Calls f with the Target. Only with CAN_PACK it can be another one than values.
+template <bool transposed, class F>
 void with_target(const Quantization& op, F f) {
-  if constexpr (CAN_PACK)
-    if (op.packed.codes) {
-      f(op.packed);
-      return;
-    }
+  if constexpr (CAN_PACK) {
+    if (op.packed.codes)
+      return f(op.packed);
+    const auto tiles = (uint4*)op.tiles.values;
+    if (tiles && !op.tiles.right)
+      return f(Fp8Tiles<false>{tiles, op.tiles.scales});
+    if constexpr (transposed)
+      if (tiles)
+        return f(Fp8Tiles<true>{tiles, op.tiles.scales});
+  }
   with_dtype(op.values, f);
 }
 
 template <bool transposed, class Source>
 void launch_quantize(const Quantization& op, Source x) {
   const cudaStream_t stream = (cudaStream_t)op.stream;
-  const dim3 grid = grid_of(op.rows, op.padded);
+  dim3 grid = grid_of(op.rows, op.padded);
+  if (op.tiles.values)
+    grid.x += grid.x % 2;           // whole tiles of 128 rows
   if constexpr (IS_NVFP4) {
     cudaMemsetAsync(op.scratch, 0, sizeof(float), stream);
     largest_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x);
   }
-  with_target(op, [=](auto target) {
+  with_target<transposed>(op, [=](auto target) {
     quantize_kernel<transposed><<<grid, THREADS, 0, stream>>>(op, x, target);
   });
   if constexpr (HAS_ROW_FACTOR)
