@@ -134,7 +134,7 @@ __device__ uint4 load_chunk(const T* x, int64_t index) {
   return *(const uint4*)(x + index);
 }
 
-__device__ inline uint4 load_chunk(PackedMatrix x, int64_t index) {
+__device__ uint4 load_chunk(PackedMatrix x, int64_t index) {
   const uint32_t codes = *(const uint32_t*)(x.codes + index / 2);
   const float scale = e8m0_value(x.scales[index / 32]);
   uint32_t pairs[4];
