@@ -78,10 +78,10 @@ def random_packed(rows, K):
     return Packed(*reference.quantize_forward(torch.randn(rows, K), "floor")[:2])
 
 
-def random_at_sizes(rows, K, octaves):
+def random_at_sizes(rows, K, octaves, generator=None):
     """Random codes, with scales that span so many octaves."""
-    codes = torch.randint(0, 256, (rows, K // 2), dtype=torch.uint8)
-    scales = torch.randint(120, 120 + octaves, (rows, K // 32))
+    codes = torch.randint(0, 256, (rows, K // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(120, 120 + octaves, (rows, K // 32), generator=generator)
     return Packed(codes, scales.to(torch.uint8))
 
 

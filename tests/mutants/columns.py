@@ -16,6 +16,7 @@ GPU = "fp4/kernels/quantize_columns.cu"
 TESTS = "tests/test_columns.py::test_"
 PRODUCT = TESTS + "the_product_of_packed_operands_is_that_of_their_values"
 LOADED = TESTS + "a_layer_has_the_backend_of_its_packed_products_and_its_quantisers_are_loaded"
+TILES = TESTS + "the_operands_of_a_gradient_are_written_as_the_backend_multiplies_them"
 REFUSED = TESTS + "what_an_op_cannot_take_is_refused_with_a_sentence"
 
 
@@ -29,6 +30,9 @@ def on_gpu(name):
             f"test_the_kernels_of_a_gemm_spec_give_the_definitions_bytes[{name}]")
 
 
+TILES_ON_GPU = ("tests/test_cuda_on_cpu.py::"
+                "test_the_kernels_of_a_gemm_spec_write_fp8_tiles_of_what_is_packed"
+                "[mxfp4_absmax34_32_before_nearest]")
 EDEN = "nvfp4_absmax_128_before_eden"
 STOCHASTIC = "nvfp4_absmax_16_before_stochastic"
 SQUARE = "nvfp4_four_six_0_none_nearest_square"
@@ -167,7 +171,7 @@ MUTANTS = [
     Mutant("a packed matrix is read as it is", BIND,
            "transposed && !columns::IS_SQUARE", "true", REFUSED),
     Mutant("torch is told that a packed operand is not padded", COLUMNS,
-           "packed_shapes(x, rows, padded)", "packed_shapes(x, rows, k)",
+           "operand_shapes(x, rows, padded, word", "operand_shapes(x, rows, k, word",
            TESTS + "torch_sees_the_shapes_and_dtypes_that_the_ops_return[QuEST]"),
     Mutant("the definition's scale is 2**-126 at least", QUANTIZERS, "e < -126, 0x400000, bits",
            "e < -126, bits, bits", TESTS + "the_scale_of_a_block_is_one_that_e8m0_has"),
@@ -212,7 +216,29 @@ MUTANTS = [
 
     # ---- products of packed operands
     Mutant("one of two constant factors is left out", MATMUL,
-           "constant_factor(spec) ** 2", "constant_factor(spec)", PRODUCT + "[fp4-bwd]"),
+           "shape, constant_factor(spec) ** 2, dtype)", "shape, constant_factor(spec), dtype)",
+           PRODUCT + "[fp4-bwd]"),
+    Mutant("a left operand is asked for as a right one", MATMUL,
+           'left._replace(operand_format="fp8_left")', 'left._replace(operand_format="fp8_right")',
+           TILES + "[fp4-pma]"),
+    Mutant("an operand that no kernel writes is to be in tiles", MATMUL,
+           "spec.is_packed and columns.is_compiled(spec)", "spec.is_packed", TILES + "[fp4-pma]"),
+    Mutant("the product takes a rotation out that is not Quartet's", MATMUL,
+           "self.spec.rotation == 32 and", "self.spec.rotation and", TILES + "[rotation-128]"),
+    Mutant("the product in tiles forgets 3/4 of one operand", MATMUL,
+           "mask, constant_factor(spec) ** 2, dtype)", "mask, constant_factor(spec), dtype)",
+           TILES + "[fp4-pma]"),
+    Mutant("where nothing has clipped everything has", MATMUL,
+           "basis.padded // 32), -1)", "basis.padded // 32), 0)", TILES + "[absmax]"),
+    Mutant("a gradient has as many rows as its other operand", MATMUL,
+           "recipe.wgrad, dy.shape[1], torch.float32", "recipe.wgrad, len(dy), torch.float32",
+           TILES + "[eden-in-all]"),
+    Mutant("a half of a tile is written to the next one", GPU,
+           "int64_t(blockIdx.x / 2) * gridDim.y", "int64_t(blockIdx.x) * gridDim.y", TILES_ON_GPU),
+    Mutant("both halves of a tile are the same rows", GPU,
+           "blockIdx.x % 2 * TILE_ROWS + place.tile_row", "place.tile_row", TILES_ON_GPU),
+    Mutant("the last tile lacks its second half", GPU,
+           "    grid.x += grid.x % 2; ", "    grid.x += 0; ", TILES_ON_GPU),
     Mutant("the factors of rows are left out of a packed product", MATMUL,
            "return cast(product * factor, dtype)", "return cast(product, dtype)",
            PRODUCT + "[eden-in-all]"),

@@ -78,8 +78,7 @@ MUTANTS = [
            "Operand(dy, recipe.wgrad, transposed=True)",
            "Operand(dy.flip(0), recipe.wgrad, transposed=True)", stated("fp4")),
     Mutant("the mask of x is applied to dw and that of w to dx", MATMUL,
-           "recipe.dgrad, dy.dtype, saved.x_mask,",
-           "recipe.dgrad, dy.dtype, saved.w_mask[:len(dy)],",
+           "dy.dtype, saved.x_mask, basis", "dy.dtype, saved.w_mask[:len(dy)], basis",
            stated("fp4-fwd")),
     Mutant("what clipped gets a gradient", COLUMNS,
            "grad = grad * kept  ", "grad = grad * (kept | 1)  ", stated("fp4")),
@@ -110,7 +109,7 @@ MUTANTS = [
     Mutant("the weight has no square blocks", MATMUL,
            'is_square = spec.rhs == "square_blocks"', "is_square = False", stated("nvfp4")),
     Mutant("dw is in the dtype of the activations", MATMUL,
-           "cast(dw[:, :in_features], torch.float32)", "cast(dw[:, :in_features], dy.dtype)",
+           "cast(dw[:, :basis.width], torch.float32)", "cast(dw[:, :basis.width], dy.dtype)",
            BASELINES + "a_row_in_bfloat16_is_the_method_written_out_up_to_the_rounding_of_results"
            "[fp4]"),
     Mutant("an unquantised forward product is rounded to bfloat16", MATMUL,

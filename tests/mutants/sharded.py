@@ -169,7 +169,7 @@ MUTANTS = [
            "w_quantized = self.gathered or stored_weight.operand(",
            "w_quantized = stored_weight.operand(", SAME_DATA + "[2-same_data:fp4:float32]"),
     Mutant("an fp8 product reads the placeholder", "fp4/linear.py",
-           "self.weight, self.recipe, self.gathered)", "self.weight, self.recipe)",
+           "self.recipe, self.gathered, self.backend)", "self.recipe, None, self.backend)",
            ORDERS + "[2-orders:fp8:bfloat16]"),
     Mutant("what is ready is not read", "fp4/emulate/matmul.py",
            "w if w_ready is None else w_ready", "w", FP8_PRODUCT),
