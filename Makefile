@@ -79,10 +79,13 @@ nvml: $(INSTALLED)
 matplotlib: $(INSTALLED)
 	@$(PYTHON) -c "import matplotlib" 2>/dev/null || $(PYTHON) -m pip install -q matplotlib
 
+# transformers, with its safetensors and tokenizers, loads what tools/huggingface writes.
 # nvdisasm shows the tests what machine code nvcc made; without nvcc there is nothing to show.
 test-packages: matplotlib
 	@$(PYTHON) -c "import pytest, xdist" 2>/dev/null || \
 	$(PYTHON) -m pip install -q pytest pytest-xdist
+	@$(PYTHON) -c "import transformers" 2>/dev/null || $(PYTHON) -m pip install -q transformers || \
+	echo "test: no transformers, so that no model is loaded with it"
 	@if command -v nvcc >/dev/null && ! command -v nvdisasm >/dev/null; then \
 	$(PYTHON) -m pip install -q nvidia-cuda-nvdisasm || \
 	echo "test: no nvdisasm, so that no machine code is checked"; fi
