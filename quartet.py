@@ -98,8 +98,8 @@ class Settings:
     sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
 
     # Changes to the precision's row, which fp4/recipes.py explains: five columns, with one value or
-    # three for forward:dgrad:wgrad, and three products to switch on or off. A comma list makes an
-    # ablation here, too.
+    # three for forward:dgrad:wgrad; three products to switch on or off; and what acts on the
+    # weights between steps, such as cage or cage:10:0.8. A comma list makes an ablation here, too.
     format: str = axis_flag("format")
     scale: str = axis_flag("scale")
     rotation: str = axis_flag("rotation")
@@ -108,6 +108,7 @@ class Settings:
     forward: str = axis_flag("forward")
     dgrad: str = axis_flag("dgrad")
     wgrad: str = axis_flag("wgrad")
+    post_step: str = axis_flag("post_step")
 
     @property
     def folder(self):
@@ -187,7 +188,7 @@ def default_microbatch(batch, n_embd):
 
 def recipe_of(cfg):
     """The row of the table that the settings name, with the columns that they change."""
-    axes = {axis: getattr(cfg, axis) for axis in AXES if getattr(cfg, axis) is not None}
+    axes = {axis: getattr(cfg, axis) for axis in AXES}
     return checked(recipe, cfg.precision, **axes)
 
 
@@ -229,12 +230,6 @@ def evaluate(forward, corpus, cfg):
         count += n_targets
     total, count = processes.sums(total, count, device=cfg.device)
     return total / count
-
-
-def beyond_window(model, x, y):
-    """How many blocks of 32, of a million, FP8 had to round; None where nothing runs in FP8."""
-    # A few sequences tell it. This pass is not compiled, and takes more memory than others.
-    return fp4.blocks_beyond_window(model, x[:8], y[:8])
 
 
 # ---- one run
@@ -297,6 +292,7 @@ def prepare(cfg, corpus):
     model = build_model(cfg, corpus.vocabulary.size)
     steps = n_steps(cfg, model.config.n_params)
     run.check_length(steps, cfg.batch * cfg.seq)
+    checked(recipe_of(cfg).check_run, steps, cfg.shard)
     return model, steps
 
 
@@ -308,6 +304,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     trained = forward if cfg.shard else processes.average_gradients(forward)
     accumulate = cuda_graph.forward_backward(trained, n_micro // processes.size())
     clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()), cfg.clip or math.inf)
+    post_step = fp4.post_step_of(model)
     quantize_weights = partial(fp4.quantize_weights, model)
     if cfg.replay:                      # Then the host starts each of them with one call.
         accumulate, clip, quantize_weights = map(
@@ -319,6 +316,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     with log, bar, processes.between_steps() as stop:
         for step in range(len(history), steps):
             start = time.perf_counter()
+            done = step + 1
             lr = lr_at(step, steps, cfg.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -328,7 +326,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             # share of the batch.
             processes.seed_step(cfg.seed, step)
             loss = torch.zeros((), device=cfg.device)
-            own = processes.share_of(range(step * n_micro, (step + 1) * n_micro))
+            own = processes.share_of(range(step * n_micro, done * n_micro))
             for i in own:
                 batch = tokens.batch(corpus.train, i, cfg.micro, cfg.seq, cfg.seed)
                 x, y = to_device(batch, cfg.device)
@@ -339,21 +337,22 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                row = run.Step(step + 1, loss, None, lr, norm)
+                row = run.Step(done, loss, None, lr, norm)
                 log.write(run.log_row(row))
                 diverge(cfg, row, log)
             optimizer.step()
             # A replay adds to the same gradients in memory each time.
             optimizer.zero_grad(set_to_none=not cfg.replay)
+            # What else the recipe does to weights, such as pulling them towards their grid.
+            post_step(lr, done, steps)
             # A weight is quantised once a step and serves every microbatch of the next one.
             quantize_weights()
             machine.synchronize(cfg.device)
             seconds = time.perf_counter() - start
 
-            done = step + 1
             is_evaluated = done % eval_every == 0 or done == steps
             val = round(evaluate(forward, corpus, cfg), 4) if is_evaluated else None
-            beyond = beyond_window(model, x, y) if is_evaluated and not cfg.shard else None
+            beyond = fp4.blocks_beyond_window(model, x, y) if is_evaluated else None
             speed = cfg.batch * cfg.seq / seconds
             flops = speed * model.config.flops_per_token(cfg.seq) / processes.size()
             mfu = machine.utilisation(cfg.device, flops)

@@ -42,7 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import emulate, ops, stored_weight
+from . import emulate, ops, post_step, stored_weight
 from .ops import Packed
 
 UNDO_BOTH_THREE_QUARTERS = 16 / 9        # (4/3)**2: each operand of a product carries 3/4
@@ -154,6 +154,7 @@ class Linear(nn.Linear):
         self.recompute = recompute
         self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
         self.backend = emulate.load_kernels(recipe, backend)
+        post_step.add_state(self)
         self.stored = None
         self.strip = None           # sharded.py: of a weight that is spread over processes
         self.gathered = None        # and what its products read instead of it

@@ -7,7 +7,8 @@ over. None leaves a product unquantised; where the forward product is quantised,
 still read its quantised w and x. The columns of a row are the fields of GemmSpec, once for each
 product. Each but rhs of a row can be changed for one run, as in recipe("fp4", scale="nearest") or
 --scale nearest. A single value changes the products named at CHANGES below; three values,
---rotation 32:none:128, are for forward, dgrad and wgrad.
+--rotation 32:none:128, are for forward, dgrad and wgrad. One column belongs to the whole row:
+post_step, what acts on the weights between two optimizer steps (post_step.py).
 
 A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). For any other row that has
 columns, a kernel that is compiled for them quantises the operands (emulate/matmul.py). The MXFP4
@@ -16,6 +17,7 @@ no columns describe are emulated in PyTorch (emulate/baselines.py); only fp8 has
 (emulate/fp8.py).
 A row of your own is RECIPES["mine"] = Recipe(...), as the README shows.
 """
+import math
 from typing import NamedTuple
 
 from .check import check
@@ -57,6 +59,7 @@ class Recipe(NamedTuple):
     dgrad: GemmSpec = None
     wgrad: GemmSpec = None
     method: str = ""                # emulate/fp8.py, emulate/baselines.py
+    post_step: str = "none"         # one of POST_STEPS, with its numbers: "cage:10:0.8"
 
     @property
     def has_kernels(self):
@@ -91,6 +94,28 @@ class Recipe(NamedTuple):
         for side, features in (("in", in_features), ("out", out_features)):
             check(features % self.feature_multiple == 0,
                   f"{side}-features must be a multiple of {self.feature_multiple}, got {features}")
+
+    def check_run(self, steps, is_sharded):
+        """Raises ValueError if post_step cannot act in a run of so many steps, or in a model that
+        is spread over processes (sharded.py)."""
+        name, *numbers = parse_post_step(self.post_step)
+        if name == "deosc":
+            start, period, _ = numbers
+            check(start + period <= steps,
+                  f"the first window of deosc ends after step {start + period}, and the run has "
+                  f"{steps} steps: give a smaller START or PERIOD, deosc:START:PERIOD:RATIO")
+        if is_sharded:
+            self.check_sharded()
+
+    def check_sharded(self):
+        """Raises ValueError if post_step needs more than the rows of a weight that a process has.
+
+        The kernels quantise each row by itself. Other rows may have a scale for the whole tensor.
+        """
+        name, *_ = parse_post_step(self.post_step)
+        check(name == "none" or name == "cage" and self.has_kernels,
+              f"a sharded model cannot have post_step {name}, but only cage, and only in a row "
+              "that runs on the kernels")
 
     # The columns as the kernels know them: for a recipe that has kernels.
 
@@ -192,8 +217,25 @@ SCALE_RULES = {
 }
 ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)
 
-# What a run can change in its row, each an axis of an ablation: five columns, with their values,
-# and three switches, which quantise a product or leave it out.
+class Number(NamedTuple):
+    """A number that stands behind the name of a post_step; numbers behind it may be left out."""
+    name: str
+    default: int | float            # Its type is that of what is given.
+    least: int | float
+    most: int | float               # Most itself is too much.
+
+
+# What acts on the weights after each optimizer step, and its numbers in their order. post_step.py
+# says what they mean, and where the defaults come from.
+POST_STEPS = {
+    "none": (),
+    "cage": (Number("STRENGTH", 10., 0, math.inf), Number("START", 0.8, 0, 1)),
+    "deosc": (Number("START", 2000, 1, math.inf), Number("PERIOD", 200, 1, math.inf),
+              Number("RATIO", 4., 0, math.inf)),
+}
+
+# What a run can change in its row, each an axis of an ablation: five columns, with their values;
+# three switches, which quantise a product or leave it out; and the column of the whole row.
 AXES = {
     "format":   tuple(SCALE_RULES),
     "scale":    (*ALL_SCALE_RULES, "quest-floor", "quest-nearest"),
@@ -203,6 +245,7 @@ AXES = {
     "forward":  ("on", "off"),
     "dgrad":    ("on", "off"),
     "wgrad":    ("on", "off"),
+    "post_step": tuple(POST_STEPS),
 }
 # Other names for some of the values.
 SYNONYMS = {
@@ -226,12 +269,13 @@ DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
 
 
 def recipe(precision, **axes):
-    """Returns the row `precision` with the given axes changed.
+    """Returns the row `precision` with the given axes changed; None leaves one as it is.
 
     Raises a ValueError that says in a sentence what is wrong with them.
     """
     check(precision in RECIPES, f"precision {precision!r} is not one of {', '.join(RECIPES)}")
     row = RECIPES[precision]
+    axes = {axis: value for axis, value in axes.items() if value is not None}
     for axis, value in axes.items():
         check_value(axis, value)
     check(not (row.method and axes),
@@ -250,12 +294,17 @@ def recipe(precision, **axes):
     for name, spec in products.items():
         if spec is not None:
             validate(name, spec)
-    return Recipe(*products.values(), row.method)
+    post_step = axes.get("post_step", row.post_step)
+    validate_post_step(precision, post_step, products["forward"])
+    return Recipe(*products.values(), row.method, post_step)
 
 
 def check_value(axis, value):
     """Checks that an axis exists and has this value, or these three."""
     check(axis in AXES, f"{axis} {value!r} is not one of {', '.join(AXES)}")
+    if axis == "post_step":
+        parse_post_step(value)
+        return
     values = str(value).split(":")
     for v in values:
         check(v in AXES[axis], f"{axis} {v!r} is not one of {', '.join(AXES[axis])}")
@@ -263,6 +312,35 @@ def check_value(axis, value):
     counts = (1, 3) if may_be_three else (1,)
     or_three = " or three, forward:dgrad:wgrad" if may_be_three else ""
     check(len(values) in counts, f"{axis} {value!r}: give one value{or_three}")
+
+
+def parse_post_step(word):
+    """Returns the name of what acts after a step, and its numbers: "cage:5" is ["cage", 5., 0.8].
+
+    Raises ValueError for another name, and for a number that is none or out of range.
+    """
+    name, *given = str(word).split(":")
+    check(name in POST_STEPS, f"post_step {name!r} is not one of {', '.join(POST_STEPS)}")
+    numbers = POST_STEPS[name]
+    form = ":".join([name, *(number.name for number in numbers)])
+    check(len(given) <= len(numbers), f"post_step {word!r} has more numbers than {form}")
+    values = [number.default for number in numbers]
+    for i, text in enumerate(given):
+        values[i] = parse_number(text, numbers[i], f"post_step {word!r}, {form}")
+    return [name, *values]
+
+
+def parse_number(text, number, where):
+    kind = type(number.default)
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    words = {int: "a whole number", float: "a number"}
+    below = "" if number.most == math.inf else f" and less than {number.most}"
+    check(number.least <= value < number.most,
+          f"{where}: {number.name} {text!r} is not {words[kind]} of at least {number.least}{below}")
+    return value
 
 
 def switch_product(name, row, axes):
@@ -329,6 +407,18 @@ def validate(product_name, spec):
     refuse_if(spec.rotation != 0 and spec.rhs == "reuse",
               f"this row multiplies with the forward product's {operand} as it is, "
               "which cannot be rotated along another axis")
+
+
+def validate_post_step(precision, word, forward):
+    """Raises ValueError unless the weight has a grid, which stays the same from step to step."""
+    name, *_ = parse_post_step(word)
+    if name == "none":
+        return
+    check(forward is not None,
+          f"post_step {name} needs a quantised forward product, and {precision} has none")
+    check(forward.rounding == "nearest" and forward.signs == "none",
+          f"post_step {name} needs a grid that stays: a forward product that rounds to nearest, "
+          "without random signs")
 
 
 def variant_name(precision, axes):

@@ -61,6 +61,9 @@ def shard(model, blocks, device, dtype):
     device  "cpu" or "cuda"
     dtype   of the activations
     """
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.recipe.check_sharded()
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     classes = {layer: strip_class_of(layer, dtype)
                for layer in layers_to_adapt(model, mesh.size())}

@@ -5,6 +5,7 @@ import torch.nn as nn
 from . import stored_weight
 from .check import check
 from .linear import Linear
+from .post_step import PostStep, add_state
 
 
 def layers_with_kernels(model):
@@ -34,6 +35,15 @@ def quantize_weights(model):
     if strips:
         from .sharded import renew_strips       # It imports much that others do not need.
         renew_strips(strips)
+
+
+def post_step_of(model):
+    """Returns what acts on the weights of the model after each step, as its recipe says: a function
+    of the learning rate, the number of steps done, and that of the whole run.
+
+    A training loop calls it after every optimizer.step(), before quantize_weights.
+    """
+    return PostStep(layer for _, layer in linears(model))
 
 
 def mark_last(model, is_last):
@@ -120,4 +130,5 @@ def quantized_like(linear, recipe):
         new = Linear(linear.in_features, linear.out_features, recipe, bias=has_bias)
     new.weight = linear.weight
     new.bias = linear.bias
+    add_state(new)                      # on the device of the weight
     return new

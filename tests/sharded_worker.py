@@ -313,6 +313,25 @@ def data_in_place(model):
     fp4.quantize_weights(model)
 
 
+def pull(case):
+    """CAGE pulls the rows of each process as it pulls those of the whole weight, to the last bit,
+    and the next pass reads what they have become."""
+    with torch.no_grad():
+        case.sharded(*data_of(0))
+    before = [whole.weight.detach().clone() for _, whole, _ in case.pairs()]
+    for _, whole, layer in case.pairs():
+        for each in (whole, layer):
+            each.recipe = each.recipe._replace(post_step="cage:10:0")
+    for model in (case.whole, case.sharded):
+        fp4.post_step_of(model)(LEARNING_RATE, 1, 1)
+    if any(torch.equal(old, whole.weight) for old, (_, whole, _) in zip(before, case.pairs())):
+        yield "a weight was not pulled"
+    for name, whole, layer in case.pairs():
+        weight = layer.weight.detach().full_tensor()
+        yield from not_same(f"the weight of {name}", weight, whole.weight.detach())
+    yield from not_same("the loss", passes(case.sharded, 0), passes(case.whole, 0))
+
+
 def renewals(case):
     """Weights are quantised once a step, and not in the passes that follow."""
     count = Counter()

@@ -559,7 +559,7 @@ def test_every_axis_is_a_flag_and_names_the_run():
     assert label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
     assert {f"--{axis}" for axis in fp4.AXES} == {
         "--format", "--scale", "--rotation", "--signs", "--rounding",
-        "--forward", "--dgrad", "--wgrad"}
+        "--forward", "--dgrad", "--wgrad", "--post_step"}
 
 
 # ---- emulation and kernels

@@ -104,6 +104,11 @@ def test_a_changed_weight_is_not_stale(wrong):
     assert not wrong, wrong
 
 
+@checks("pull", {2: ["fp4:float32"], 3: ["fp4:float32"]})
+def test_cage_pulls_the_rows_of_each_process_as_those_of_the_whole_weight(wrong):
+    assert not wrong, wrong
+
+
 @checks("renewals", {2: STORED})
 def test_a_weight_is_quantised_once_a_step(wrong):
     assert not wrong, wrong

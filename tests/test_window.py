@@ -107,9 +107,9 @@ def test_counting_that_fails_leaves_no_hooks():
 
 
 def test_a_cpu_has_no_window_and_the_model_does_not_run():
-    model, _, _ = layer_and_loss()
+    model, x, dy = layer_and_loss()
     assert count_in_model(model, None, None) == {}
-    assert fp4.blocks_beyond_window(model, None, None) is None
+    assert fp4.blocks_beyond_window(model, x, dy) is None
     # Where there is a GPU, a model on the CPU has the backend of that GPU.
     model.layer.backend = select_backend((9, 0))
     assert count_in_model(model, None, None) == {}
@@ -134,7 +134,7 @@ def test_a_run_that_counts_has_the_losses_of_one_that_does_not(compiled, tmp_pat
 
     counted = history()
     assert [row.beyond_window is None for row in counted] == [True, False] * 3
-    monkeypatch.setattr(quartet, "beyond_window", lambda *args: None)
+    monkeypatch.setattr(fp4, "blocks_beyond_window", lambda *args: None)
     assert [row.loss for row in counted] == [row.loss for row in history()]
 
 

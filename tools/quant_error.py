@@ -160,8 +160,10 @@ def open_checkpoint(path, sequences):
 
     Raises what print_decay() raises.
     """
+    from fp4.post_step import without_state
     from tools import checkpoint
     state = checkpoint.read(path)
+    state["model"] = without_state(state["model"])
     cfg = unquantized_settings(state["config"])
     return state, cfg, validation_batch(state["corpus"], cfg, sequences)
 

@@ -44,7 +44,7 @@ CHECK = """\
             is_late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                row = run.Step(step + 1, loss, None, lr, norm)
+                row = run.Step(done, loss, None, lr, norm)
                 log.write(run.log_row(row))
                 diverge(cfg, row, log)
 """
@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant("every step has the first batch", "quartet.py",
            "tokens.batch(corpus.train, i,", "tokens.batch(corpus.train, i % n_micro,", PLAIN),
     Mutant("the last microbatch is left out", "quartet.py",
-           "(step + 1) * n_micro))", "(step + 1) * n_micro - (n_micro > 1)))", CLIPPED),
+           "done * n_micro))", "done * n_micro - (n_micro > 1)))", CLIPPED),
     Mutant("the order of the data does not depend on the seed", "quartet.py",
            "cfg.micro, cfg.seq, cfg.seed)", "cfg.micro, cfg.seq, 0)", CLIPPED),
     Mutant("the targets are the inputs", "quartet.py",
@@ -205,7 +205,7 @@ MUTANTS = [
     Mutant("the time of a step is logged in seconds", "quartet.py",
            "norm, 1000 * seconds, speed", "norm, seconds, speed", SPEED),
     Mutant("steps are numbered from 0 on", "quartet.py",
-           "done = step + 1\n", "done = step\n", EVALUATED),
+           "run.Step(done, loss, val,", "run.Step(step, loss, val,", EVALUATED),
     Mutant("the corpus is not in the log", "quartet.py",
            "run.log_head(vars(cfg), *made_by, corpus.identity)",
            "run.log_head(vars(cfg), *made_by)",
