@@ -473,12 +473,13 @@ def test_a_sample_is_the_prompt_and_what_the_seeds_generator_draws(two_blocks):
 # ---- runs
 
 # The validation loss after 30 steps from seed 0. Two rows that round otherwise end .01 apart, and
-# fp4 without the gradient of its inputs ends at 1.690. jetfire-fp4 is not in the list: seeds 0 to 4
-# end between 1.60 and 1.70, and so does seed 0 when the order of a sum changes.
+# fp4 without the gradient of its inputs ends at 1.690. jetfire-fp4 and lss-int4 are not in the
+# list: their seeds 0 to 4 end between 1.60 and 1.70, and between 1.59 and 1.70. So does seed 0 when
+# the order of a sum changes, as it does from one processor to another.
 LOSSES = {
     "bf16": 1.637, "fp4": 1.645, "fp4-sr": 1.647, "fp4-fwd": 1.647, "fp4-bwd": 1.636,
     "fp4-original": 1.642, "quartet2": 1.631, "luq-int4": 1.688, "luq-fp4": 1.673,
-    "halo-fp4": 1.665, "lss-int4": 1.684,
+    "halo-fp4": 1.665,
 }
 
 
