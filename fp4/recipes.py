@@ -217,6 +217,7 @@ SCALE_RULES = {
 }
 ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)
 
+
 class Number(NamedTuple):
     """A number that stands behind the name of a post_step; numbers behind it may be left out."""
     name: str
