@@ -52,11 +52,13 @@ TOOLS = {
     "initcheck": [],
 }
 PLANTED = {"memcheck": "Invalid __global__", "initcheck": "Uninitialized __global__"}
-USES_TMA = {"gemm", "quantize_gemm", "gemm_unrotate"}   # where the GEMM is gemm_sm90.cu
+# Where the GEMM is gemm_sm90.cu.
+USES_TMA = {"gemm", "quantize_gemm", "gemm_unrotate", "gemm_operands"}
 # Ops that are written in PyTorch.
 NO_KERNEL = {"draw", "words", "uniform", "mm_fp8", "quantize_gemm_stored"}
 FLOOR = SCALES.index("floor")                   # an op takes the numbers of words
 BEFORE = SIGN_ORDERS.index("before")
+TILES = (columns.FORMATS.index("fp8_left"), columns.FORMATS.index("fp8_right"))
 ALPHA = 16 / 9
 # Rows whose quantisers, compiled for their columns alone, use all kernels of quantize_columns.cu.
 COLUMN_ROWS = [fp4.RECIPES["quartet2"], fp4.RECIPES["nvfp4"],
@@ -112,6 +114,7 @@ def gemm_calls(x, codes, scales, mask, operand_format):
             a = operand(M, inner, operand_format)
             b = operand(K, inner, operand_format, is_right=True)
             yield "gemm_unrotate", (*a, *b, mask, ALPHA, out_dtype)
+            yield "gemm_operands", (*a, *b, M, K, ALPHA, out_dtype)
     w_codes, w_scales, _ = reference.quantize_forward(torch.randn(96, K), "floor")
     yield "gemm", (codes, scales, w_codes, w_scales, ALPHA, torch.float32)
     yield "quantize_gemm", (x, FLOOR, w_codes, w_scales)
@@ -138,6 +141,17 @@ def column_calls(M, K, dtype):
             yield ops.unrotate, (product, by_row, by_row[:1], mask, random[0], torch.float32)
 
 
+def tile_calls(M, K, dtype):
+    """Yields those of them that write FP8 tiles, which only a GPU does."""
+    x = torch.randn(M, K).to(dtype)
+    random = torch.randint(-2 ** 63, 2 ** 63 - 1, (3,)).split((2, 1))
+    for row in COLUMN_ROWS:
+        for spec, square in columns.quantizers_of(row):
+            quantize = columns.ops[columns.columns_name(spec, square)].quantize
+            for operand_format in TILES if spec.is_packed else ():
+                yield quantize, (x, None, None, *random, True, torch.uint8, operand_format)
+
+
 # ---- in the process that is watched
 
 def plant_error(tool):
@@ -159,7 +173,7 @@ def call_everything(tool, operand_format):
                 call_on_gpu(getattr(torch.ops.fp4, name), arguments)
     for M, K in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            for op, arguments in column_calls(M, K, dtype):
+            for op, arguments in (*column_calls(M, K, dtype), *tile_calls(M, K, dtype)):
                 call_on_gpu(op, arguments)
 
 
