@@ -228,7 +228,7 @@ __device__ void load_values(
 
 // ---- storing
 // What is written is a Target: values (float*, bfloat16*), a PackedMatrix, or Fp8Tiles. The last
-// two are made of elements and their scale.
+// two are made of elements and their scale. No GemmSpec uses every target: [[maybe_unused]].
 
 template <bool right>
 struct Fp8Tiles {
@@ -245,7 +245,7 @@ __device__ uint4 codes_of(const Block32& elements, const float (&scale)[1]) {
   return make_uint4(words[0][0], words[1][0], words[2][0], words[3][0]);
 }
 
-__device__ void store_block(
+[[maybe_unused]] __device__ void store_block(
     PackedMatrix target, int64_t block, const Block32& elements, const float (&scale)[1]) {
   ((uint4*)target.codes)[block] = codes_of(elements, scale);
   target.scales[block] = scale_byte(scale[0]);
@@ -273,31 +273,22 @@ __device__ void store_tiles(
 }
 
 // Stores the BF16 values of a warp so that each instruction writes whole sectors of 32 bytes. Two
-// neighbouring lanes, whose blocks are neighbours in memory, write both blocks together, first that
-// of the even lane. A block has four pieces of 16 bytes: the even lane writes 0 and 2, the odd one
-// 1 and 3.
-__device__ void store_in_pairs(bfloat16* values, int64_t first, bool inside, const Block32& v) {
+// neighbouring lanes, whose blocks are neighbours in memory, write both blocks together: of each 16
+// values the even lane writes the first 8, and the odd one the others.
+[[maybe_unused]] __device__ void store_in_pairs(
+    bfloat16* values, int64_t first, bool inside, const Block32& v) {
   const int odd = threadIdx.x % 2;
-  uint32_t kept[2][4];
-  uint32_t received[2][4];
-  UNROLL for (int i = 0; i < 8; i++) {
-    const int n = i / 4 * 16 + i % 4 * 2;
-    const uint32_t even_piece = pack_bf16x2(v[n][0], v[n + 1][0]);
-    const uint32_t odd_piece = pack_bf16x2(v[n + 8][0], v[n + 9][0]);
-    const uint32_t sent = odd ? even_piece : odd_piece;
-    kept[i / 4][i % 4] = odd ? odd_piece : even_piece;
-    received[i / 4][i % 4] = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
-  }
   const bool other_inside = __shfl_xor_sync(0xFFFFFFFFu, int(inside), 1);
-  UNROLL for (int block = 0; block < 2; block++) {
-    const bool is_mine = block == odd;
-    bfloat16* target = values + first + 32 * (block - odd) + 8 * odd;
-    UNROLL for (int j = 0; j < 2; j++) {
-      uint32_t words[4];
-      UNROLL for (int i = 0; i < 4; i++)
-        words[i] = is_mine ? kept[j][i] : received[j][i];
-      if (is_mine ? inside : other_inside)
-        *(uint4*)(target + 16 * j) = make_uint4(words[0], words[1], words[2], words[3]);
+  UNROLL for (int half = 0; half < 2; half++) {
+    uint32_t words[8];
+    UNROLL for (int i = 0; i < 8; i++)
+      words[i] = pack_bf16x2(v[16 * half + 2 * i][0], v[16 * half + 2 * i + 1][0]);
+    exchange_chunks(words, odd);
+    UNROLL for (int block = 0; block < 2; block++) {
+      bfloat16* target = values + first + 32 * (block - odd) + 16 * half + 8 * odd;
+      if (block == odd ? inside : other_inside)
+        *(uint4*)target = make_uint4(words[4 * block], words[4 * block + 1],
+                                     words[4 * block + 2], words[4 * block + 3]);
     }
   }
 }
