@@ -20,9 +20,10 @@ EVERY_GPU = ("75", "80", "89", "90", "90a", "100", "100a", "120", "120a")
 BY_ARCHITECTURE = {"sm90": ("90a",), "sm100": ("100a", "103a"), "sm120": ("120a", "121a")}
 LESSONS = {"product_3": ("89", "90a", "120a"), "product_4": ("90a",)}
 EVERY_LESSON = ("75", "90a", "120a")    # any other
-# quantize_columns.cu is compiled for one GemmSpec at a time; these use all that is in it.
-COLUMN_FLAGS = [column_flags(EDEN, False), column_flags(SQUARE_46, True),
-                column_flags(STOCHASTIC, False)]
+# quantize_columns.cu is compiled for one GemmSpec at a time: for every GPU for that which uses the
+# most of it, and for one GPU for others that use the rest.
+COLUMN_FLAGS = column_flags(EDEN, False)
+OTHER_COLUMN_FLAGS = {"90a": [column_flags(SQUARE_46, True), column_flags(STOCHASTIC, False)]}
 
 
 def main(argv):
@@ -34,7 +35,7 @@ def main(argv):
         return 2
     paths = [*ROOT.glob("fp4/kernels/*.cu"), *ROOT.glob("fp4/kernels/lessons/[!e]*.cu")]
     jobs = [(nvcc, path, gpu, flags) for path in sorted(paths) for gpu in gpus_of(path)
-            for flags in flags_of(path)]
+            for flags in flags_of(path, gpu)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_kernel, jobs))
     return 0 if all(results) else 1
@@ -47,7 +48,11 @@ def gpus_of(path):
     return BY_ARCHITECTURE.get(path.stem.split("_")[-1], EVERY_GPU)
 
 
-def flags_of(path): return COLUMN_FLAGS if path.stem == "quantize_columns" else [()]
+def flags_of(path, gpu):
+    """The flags with which a .cu is compiled for a GPU, once with each item."""
+    if path.stem != "quantize_columns":
+        return [()]
+    return [COLUMN_FLAGS, *OTHER_COLUMN_FLAGS.get(gpu, [])]
 
 
 def compile_kernel(job):
