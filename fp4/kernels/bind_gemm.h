@@ -82,10 +82,6 @@ Operand to_gemm_operand(
   const int64_t rows = codes.size(0);
   const int64_t K = 2 * codes.size(1);
   const bool right = format == RIGHT;
-  // The rows of b are the columns of the result, which is stored 16 bytes at a time.
-  CHECK(
-      !right || rows % 8 == 0,
-      "the rows of b must be a multiple of 8, got ", rows);
   const Operand to = new_operand(codes, rows, K, format);
   packed_to_fp8_tiles(
       bytes(codes),
@@ -116,8 +112,8 @@ void check_gemm_operand(const Operand& operand, int64_t rows, OperandFormat form
       "an operand's tiles and scales are not those of ", rows, " rows");
 }
 
-// The kernel unrotates its result before it stores it. If it cuts K into several parts, it needs
-// room for the partial sums.
+// The kernel unrotates its result before it stores it, 16 bytes at a time. If it cuts K into
+// several parts, it needs room for the partial sums.
 Tensor multiply(
     const Operand& a,
     const Operand& b,
@@ -127,6 +123,7 @@ Tensor multiply(
     double alpha,
     ScalarType dtype,
     const Device& device) {
+  CHECK(N % 8 == 0, "the rows of b must be a multiple of 8, got ", N);
   const int64_t K = FP8_TILE_SIDE * a.values.size(1);
   const int splits = gemm_sm90_splits(M, N, K);
   const int64_t partial_rows = splits > 1 ? 16 * splits * mxfp4::ceil_div(M, 16) : 0;
@@ -303,7 +300,6 @@ Tensor gemm_operands(
     int64_t columns,
     double alpha,
     ScalarType dtype) {
-  CHECK(columns % 8 == 0, "the rows of b must be a multiple of 8, got ", columns);
   return multiply_operands({a, a_scales}, {b, b_scales}, rows, columns, nullptr, alpha, dtype);
 }
 
