@@ -255,6 +255,11 @@ def unrotate(d, mask, dtype):
     return torch.ops.fp4.unrotate(d, mask, dtype)
 
 
+def nothing_clipped(rows, columns, device):
+    """Returns the mask for unrotate of a matrix [rows, columns] of which no value has clipped."""
+    return torch.full((rows, columns // 32), -1, dtype=torch.int32, device=device)
+
+
 # ---- two pairs of ops that a kernel can do in one
 
 def quantize_then_gemm(x, scale, b, b_scales):

@@ -31,7 +31,7 @@ that a layer notices that its stored quantised weight is stale (stored_weight.py
 """
 import torch
 
-from . import ops
+from . import ops, stored_weight
 from .emulate import columns
 from .recipes import parse_post_step
 
@@ -65,12 +65,12 @@ class PostStep:
 
     def __init__(self, layers):
         self.layers = [layer for layer in layers if layer.recipe.post_step != "none"]
+        self.methods = [parse_post_step(layer.recipe.post_step) for layer in self.layers]
 
     @torch.no_grad()
     def __call__(self, lr, done, steps):
         """lr is the learning rate of the step, done the number of steps done, of steps in all."""
-        for layer in self.layers:
-            name, *numbers = parse_post_step(layer.recipe.post_step)
+        for layer, (name, *numbers) in zip(self.layers, self.methods):
             METHODS[name](layer, lr, done, steps, *numbers)
 
 
@@ -84,8 +84,7 @@ def rotate(w, recipe):
 def rotate_back(v, w, recipe):
     """Returns v, in the basis of the grid of w, in the basis of w."""
     if recipe.has_kernels:
-        unmasked = torch.full_like(v[:, ::32], -1, dtype=torch.int32)       # All bits are 1.
-        return ops.unrotate(v, unmasked, torch.float32)
+        return ops.unrotate(v, ops.nothing_clipped(*v.shape, v.device), torch.float32)
     return columns.rotate_for(v, recipe.forward, None, undo=True)[:, :w.shape[1]]
 
 
@@ -100,15 +99,18 @@ def quantize(w, recipe):
     return values * factor
 
 
+def on_grid(w, recipe):
+    """Returns Q(w) in the basis of w: the weight that the forward product multiplies."""
+    return rotate_back(quantize(w, recipe), w, recipe)
+
+
 # ---- the methods
 
 def cage(layer, lr, done, steps, strength, start):
     force = strength * max(0, (done / steps - start) / (1 - start))
     if force > 0:
-        # Of a sharded model, the rows that are here (sharded.py).
-        w = getattr(layer.weight, "_local_tensor", layer.weight)
-        on_grid = rotate_back(quantize(w, layer.recipe), w, layer.recipe)
-        w.sub_(w - on_grid, alpha=lr * force)
+        w = stored_weight.local(layer.weight)
+        w.sub_(w - on_grid(w, layer.recipe), alpha=lr * force)
 
 
 def deosc(layer, lr, done, steps, start, period, ratio):

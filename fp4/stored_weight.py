@@ -130,6 +130,11 @@ def is_sharded(weight):
     return hasattr(weight, "to_local")
 
 
+def local(tensor):
+    """Returns what this process has of a tensor: its strip of one that is sharded."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def check_gathered(layer):
     """Refuses a layer of a sharded model that is called by itself: the memory of what was gathered
     is freed then, and a kernel would read it all the same."""

@@ -104,6 +104,7 @@ from torch.utils._pytree import tree_leaves
 
 import fp4
 import quartet
+from fp4 import stored_weight
 from model import PRESETS, count_params, rope_table
 from tools import machine, processes
 from tools.bench_report import VOCABULARY
@@ -256,7 +257,7 @@ def fill(model):
     """Gives every parameter, or this process's strip of it, a value: the embedding and all matrices
     random ones, and the scales of the norms 1."""
     for parameter in model.parameters():
-        values = getattr(parameter, "_local_tensor", parameter)
+        values = stored_weight.local(parameter)
         if parameter.dim() == 2:
             values.normal_(std=0.02)
         else:

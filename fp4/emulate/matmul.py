@@ -309,7 +309,7 @@ def grad_product(left, right, spec, rows, dtype, mask, basis):
         return scaled_product(left, right, spec, shape, dtype)
     if left.is_tiled and basis.has_epilogue and spec.rounding != "eden":
         if mask.numel() == 0:
-            mask = mask.new_full((rows, basis.padded // 32), -1)        # Nothing has clipped.
+            mask = ops.nothing_clipped(*shape, mask.device)
         return ops.gemm_unrotate(
             left.packed, right.packed, mask, constant_factor(spec) ** 2, dtype)
     if left.is_packed:

@@ -3,6 +3,7 @@ from tools.mutants import Mutant
 
 MAIN = "tools/huggingface/__main__.py"
 WEIGHTS = "tools/huggingface/weights.py"
+GRID = "fp4/post_step.py"
 VOCABULARY = "tools/huggingface/vocabulary.py"
 TENSORS = "tools/huggingface/tensor_file.py"
 T = "tests/test_huggingface.py::"
@@ -36,17 +37,16 @@ MUTANTS = [
     Mutant("the head is the embedding", WEIGHTS, '"lm_head.weight": model.head.weight',
            '"lm_head.weight": model.embed.weight', LOGITS),
     Mutant("the weight is not rotated back", WEIGHTS,
-           "columns.rotate_for(wq, recipe.forward, None, undo=True)", "wq",
+           "return on_grid(weight, recipe)",
+           "from fp4 import post_step\n    return post_step.quantize(weight, recipe)",
            f"{ROTATED} {ROUNDING}"),
     Mutant("the weight is not quantised", WEIGHTS, "    if recipe.forward is None:",
            "    if True:", f"{ROTATED} {ROUNDING}"),
     Mutant("the weight of fp8 is not quantised", WEIGHTS,
            'if recipe.method == "fp8":\n        rounded', 'if False:\n        rounded', ROUNDING),
-    Mutant("the factor of a quantiser is left out", WEIGHTS, " * rounded.factor", "", ROUNDING),
-    Mutant("a weight in squares is quantised in rows", WEIGHTS,
-           "square=is_square", "square=not is_square", ROUNDING),
-    Mutant("what blocks padded stays", WEIGHTS, "undo=True)[:, :weight.shape[1]]", "undo=True)",
-           ROUNDING),
+    Mutant("the factor of a quantiser is left out", GRID, "return values * factor",
+           "return values", ROUNDING),
+    Mutant("what blocks padded stays", GRID, "undo=True)[:, :w.shape[1]]", "undo=True)", ROUNDING),
     Mutant("the weight in BF16 is that in the basis of the model", WEIGHTS,
            'return {"dqweight": ops.dequantize(packed, torch.bfloat16)}',
            'return {"dqweight": plain_weight(layer).to(torch.bfloat16)}', BYTES),

@@ -141,8 +141,8 @@ MUTANTS = [
     Mutant("unrotate tells the shape of the mask", OPS,
            "d.new_empty(d.shape, dtype=dtype)", "d.new_empty(mask.shape, dtype=dtype)", SHAPES),
     Mutant("unrotate keeps what was clipped", OPS,
-           "return torch.ops.fp4.unrotate(d, mask, dtype)\n\n\n#",
-           "return torch.ops.fp4.unrotate(d, ~mask, dtype)\n\n\n#",
+           "return torch.ops.fp4.unrotate(d, mask, dtype)\n\n\ndef nothing",
+           "return torch.ops.fp4.unrotate(d, ~mask, dtype)\n\n\ndef nothing",
            IN_KERNELS + "test_each_op_gives_the_bytes_of_the_definition"
            "[33x160-normal-float32-cpu]"),
 

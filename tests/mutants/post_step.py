@@ -27,15 +27,17 @@ MUTANTS = [
            "w.sub_(w - on_grid", "w.data.sub_(w - on_grid",
            T + "a_layer_notices_that_its_stored_weight_is_stale"),
     Mutant("of a sharded model, cage has no rows", FILE,
-           'getattr(layer.weight, "_local_tensor", layer.weight)', "layer.weight",
+           "stored_weight.local(layer.weight)", "layer.weight",
            "tests/test_sharded.py::test_cage_pulls_the_rows_of_each_process_as_those_of_the_whole_"
            "weight[2-pull:fp4:float32]"),
 
     # ---- the grid
     Mutant("the grid stays in its rotated basis", FILE,
-           "return ops.unrotate(v, unmasked, torch.float32)", "return v",
+           "return ops.unrotate(v, ops.nothing_clipped(*v.shape, v.device), torch.float32)",
+           "return v",
            FORMULA + "[cage-5.0-fp4]"),
-    Mutant("half of the values are masked", FILE, "v[:, ::32], -1,", "v[:, ::32], 0xffff,",
+    Mutant("half of the values are masked", "fp4/ops.py", "columns // 32), -1,",
+           "columns // 32), 0xffff,",
            FORMULA + "[cage-5.0-fp4]"),
     Mutant("blocks of nvfp4's weight are not square", FILE,
            'square=recipe.forward.rhs == "square_blocks"', "square=False",

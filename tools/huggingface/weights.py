@@ -16,7 +16,8 @@ import torch
 
 from data.files import check
 from fp4 import ops, reference, stored_weight
-from fp4.emulate import columns, fp8, matmul
+from fp4.emulate import fp8
+from fp4.post_step import on_grid
 from fp4.recipes import QUEST
 from model import swiglu_width
 
@@ -184,8 +185,4 @@ def plain_weight(layer):
         return rounded.values.float() * rounded.scale
     if recipe.forward is None:
         return weight
-    is_square = recipe.forward.rhs == "square_blocks"
-    operand = matmul.Operand(weight, recipe.forward, square=is_square)
-    rounded = matmul.quantize_operand(operand, None, None, torch.float32)
-    wq = rounded.unpacked(torch.float32) * rounded.factor
-    return columns.rotate_for(wq, recipe.forward, None, undo=True)[:, :weight.shape[1]]
+    return on_grid(weight, recipe)
