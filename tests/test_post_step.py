@@ -1,5 +1,4 @@
 """What acts on the weights between optimizer steps, against its formulas written out in float64."""
-import os
 import signal
 
 import pytest
@@ -10,7 +9,8 @@ import quartet
 from fp4 import ops, post_step, stored_weight
 from fp4.emulate import matmul
 from test_baselines import E2M1, hadamard, mx, nvfp4, quest_scale
-from test_train import BRIEF, corpus, equal, log, run, state      # fixtures and readers
+from test_train import (        # fixtures and readers
+    BRIEF, corpus, equal, log, run, state, stopping_after)
 from tools import report
 from tools.run import label
 
@@ -256,15 +256,8 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(run, tmp_path, monkeyp
     monkeypatch.setattr(report, "draw_curves", lambda path, runs: path)
     args = ["--precision", "fp4-sr", "--post_step", word, "--steps", 7, *BRIEF]
     assert run(*args, "--name", "whole")[0] == 0
-    show_step = quartet.run.show_step
-
-    def stop_after_the_third(bar, row, steps):
-        if row.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)        # The fourth is still done and saved.
-        show_step(bar, row, steps)
-
     with monkeypatch.context() as stopping:
-        stopping.setattr(quartet.run, "show_step", stop_after_the_third)
+        stopping.setattr(quartet.run, "show_step", stopping_after(3))
         assert run(*args, "--name", "r")[0] == 128 + signal.SIGTERM
     assert len(log(tmp_path / "r")) == 4
     assert run(*args, "--name", "r", "--resume")[0] == 0

@@ -22,7 +22,8 @@ from data.files import Stopped, atomic_write
 from data.signals import BetweenSteps, become_exceptions, raise_stopped
 from fp4 import stored_weight
 from model import PRESETS, Llama
-from test_train import BRIEF, ROOT, SMALL, corpus, equal, log, run, state     # fixtures and readers
+from test_train import (        # fixtures and readers
+    BRIEF, ROOT, SMALL, corpus, equal, log, run, state, stopping_after)
 from tools import checkpoint, machine, report
 from tools.run import read_log
 
@@ -301,15 +302,8 @@ def test_a_stopped_run_that_is_resumed_ends_as_if_it_had_not_been_stopped(
     monkeypatch.setattr(report, "draw_curves", lambda path, runs: path)
     args = ["--precision", "fp4-sr", "--steps", 7, *BRIEF]
     assert run(*args, "--name", "whole")[0] == 0
-    show_step = quartet.run.show_step
-
-    def stop_after_the_third(bar, row, steps):
-        if row.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)        # The fourth is still done and saved.
-        show_step(bar, row, steps)
-
     with monkeypatch.context() as stopping:
-        stopping.setattr(quartet.run, "show_step", stop_after_the_third)
+        stopping.setattr(quartet.run, "show_step", stopping_after(3))
         code, sentence, _ = run(*args, "--name", "r")
     assert code == 128 + signal.SIGTERM and "--resume" in sentence
     assert len(log(tmp_path / "r")) == len(state(tmp_path / "r")["history"]) == 4

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -471,6 +472,18 @@ def test_a_sample_is_the_prompt_and_what_the_seeds_generator_draws(two_blocks):
 
 
 # ---- runs
+
+def stopping_after(step):
+    "run.show_step, which sends SIGTERM with this step; the next one is still done and saved"
+    show_step = quartet.run.show_step
+
+    def show_and_stop(bar, row, steps):
+        if row.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        show_step(bar, row, steps)
+
+    return show_and_stop
+
 
 # The validation loss after 30 steps from seed 0. Two rows that round otherwise end .01 apart, and
 # fp4 without the gradient of its inputs ends at 1.690. jetfire-fp4 and lss-int4 are not in the
