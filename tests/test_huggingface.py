@@ -21,7 +21,10 @@ from fp4 import ops, reference, stored_weight
 from model import Llama, ModelConfig
 from tools import checkpoint
 from tools.huggingface import __main__ as huggingface
-from tools.huggingface import tensor_file, vocabulary, weights
+from tools.huggingface import vocabulary, weights
+
+# It writes the files, and most tests read one.
+safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = ModelConfig(n_layer=2, n_embd=64, n_head=2, vocab_size=320, block_size=48)
@@ -62,8 +65,7 @@ def load(folder, **options):
 
 
 def read(folder):
-    load_file = pytest.importorskip("safetensors.torch", reason="pip install safetensors").load_file
-    return load_file(os.path.join(folder, "model.safetensors"))
+    return safetensors.load_file(os.path.join(folder, "model.safetensors"))
 
 
 def config_in(folder):
@@ -268,24 +270,6 @@ def test_only_quartets_forward_product_has_the_forms_of_fpquant(precision, axes)
             weights.check_form(form, fp4.recipe(row))
 
 
-# ---- the file of tensors
-
-def test_the_package_reads_our_file_of_tensors(tmp_path):
-    package = pytest.importorskip("safetensors", reason="pip install safetensors")
-    torch.manual_seed(0)
-    tensors = {"ä": torch.randn(3, 5).bfloat16(), "b": torch.arange(6, dtype=torch.uint8),
-               "c": torch.randn(4, 6).bfloat16().T, "d": torch.ones(1).bfloat16()}
-    path = str(tmp_path / "x.safetensors")
-    tensor_file.write(path, tensors)
-    with package.safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-        assert set(file.keys()) == set(tensors)
-        for name, tensor in tensors.items():
-            assert torch.equal(file.get_tensor(name), tensor)
-    with open(path, "rb") as file:
-        assert int.from_bytes(file.read(8), "little") % 8 == 0
-
-
 # ---- the vocabulary
 
 def tokenizer_of(own):
@@ -439,19 +423,30 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(arguments, words, run,
     assert (tmp_path / "FULL" / "x").read_text() == (tmp_path / "FILE").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error, code", [(OSError(28, "No space left on device"), 2),
+def test_without_safetensors_a_sentence_says_what_to_install(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface, "find_spec", lambda name: None)
+    assert huggingface.run_cli(["export", run, str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("pip install safetensors\n") and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error, code", [("No space left on device (os error 28)", 2),
                                          (KeyboardInterrupt(), 130)])
 def test_a_folder_that_cannot_be_finished_leaves_nothing(
         error, code, run, tmp_path, capsys, monkeypatch):
-    def fail(fd):
-        assert len(os.listdir(tmp_path)) == 1           # the temporary folder
-        raise error
+    from safetensors import SafetensorError
 
-    monkeypatch.setattr(os, "fsync", fail)
+    def fail(*args):
+        assert len(os.listdir(tmp_path)) == 1           # the temporary folder
+        raise SafetensorError(error) if code == 2 else error
+
+    monkeypatch.setattr(safetensors, "save_file", fail)
     assert huggingface.run_cli(["export", run, str(tmp_path / "new")]) == code
     assert os.listdir(tmp_path) == []
     if code == 2:
-        assert "new: No space left on device; nothing of it is left" in capsys.readouterr().err
+        sentence = "new: No space left on device (os error 28); nothing of it is left\n"
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_folder_that_came_into_being_meanwhile_is_kept(tmp_path):

@@ -5,7 +5,6 @@ MAIN = "tools/huggingface/__main__.py"
 WEIGHTS = "tools/huggingface/weights.py"
 GRID = "fp4/post_step.py"
 VOCABULARY = "tools/huggingface/vocabulary.py"
-TENSORS = "tools/huggingface/tensor_file.py"
 T = "tests/test_huggingface.py::"
 LOGITS = T + "test_transformers_computes_our_logits"
 BYTES = T + "test_codes_and_scales_are_ours_byte_for_byte"
@@ -13,7 +12,6 @@ ROTATED = T + "test_the_plain_weight_is_what_the_forward_product_multiplies_rota
 ROUNDING = T + "test_the_plain_weight_differs_from_the_weight_by_its_rounding"
 PARTS = T + "test_a_layer_of_fpquant_has_its_parts_and_a_kept_one_its_weight"
 ONLY = T + "test_only_quartets_forward_product_has_the_forms_of_fpquant"
-FILE = T + "test_the_package_reads_our_file_of_tensors"
 IDS = T + "test_the_ids_of_a_text_are_the_same_there"
 PAIR = T + "test_one_pair_for_each_token_is_enough"
 FOUND = T + "test_transformers_finds_the_tokenizer"
@@ -68,12 +66,12 @@ MUTANTS = [
     Mutant("signs that are drawn anew are taken for none", WEIGHTS,
            'forward is None or forward.signs == "none"', 'True or forward.signs == "none"',
            T + "test_signs_that_are_drawn_anew_are_refused"),
-    Mutant("the length of the header stands with the highest byte first", TENSORS, '"little"',
-           '"big"', FILE),
-    Mutant("places are counted in values", TENSORS, " * tensor.element_size()", "", FILE),
-    Mutant("a transposed tensor is written as it lies", TENSORS, "tensor.contiguous()",
-           "tensor.T.contiguous()", FILE),
-    Mutant("the values begin anywhere", TENSORS, "(-len(text) % 8)", "0", FILE),
+    Mutant("a missing package is a traceback", MAIN, 'check(find_spec("safetensors"),',
+           "check(True,", T + "test_without_safetensors_a_sentence_says_what_to_install"),
+    Mutant("a full disk is the package's own exception", MAIN, "except SafetensorError as error:",
+           "except KeyError as error:", UNFINISHED),
+    Mutant("two constants of a layer share their memory", WEIGHTS, "rotation.clone()", "rotation",
+           PARTS),
     Mutant("Oniguruma gets tiktoken's pattern", VOCABULARY,
            'PATTERN.replace("{1,3}+", "{1,3}")', "PATTERN", IDS),
     Mutant("a word that is a token is merged all the same", VOCABULARY, '"ignore_merges": True',

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 
 from data import signals
 from data.files import UserError, check
@@ -40,7 +41,7 @@ if __name__ == "__main__":
 import quartet
 from data.tokenizer import vocabulary_from_state
 from tools import checkpoint, machine
-from tools.huggingface import tensor_file, vocabulary, weights
+from tools.huggingface import vocabulary, weights
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}     # as Llama.generate draws
 
@@ -50,10 +51,12 @@ SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}     # as Llama.g
 def export(run, folder, form):
     """Writes the model of a run, or of one checkpoint, into a new folder; returns what it says.
 
-    Raises UserError if there is no such model, if it has no such form, or if the folder cannot be
-    written.
+    Raises UserError if there is no such model, if it has no such form, if safetensors is missing,
+    or if the folder cannot be written.
     """
     check_free(folder)
+    check(find_spec("safetensors"),
+          "the package safetensors writes the file of tensors: pip install safetensors")
     state = checkpoint.read(run) if os.path.isfile(run) else checkpoint.load_newest(run)
     cfg = quartet.settings_of(state, quartet.Settings(device="cpu"))
     cfg = dataclasses.replace(cfg, shard=False)
@@ -79,11 +82,21 @@ def write(model, own, folder, form):
         for name, text in texts.items():
             with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
                 file.write(text)
-        tensor_file.write(os.path.join(temporary, "model.safetensors"), tensors)
+        save(tensors, os.path.join(temporary, "model.safetensors"))
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return [f"{folder} has {weights.FORMS[form]}; {n_bytes:,} bytes of weights",
             *about_padding(model.config.vocab_size, own.size),
             *([sentence] if sentence else [])]
+
+
+def save(tensors, path):
+    """Writes {name: tensor}. Raises OSError if the disk is full, say."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try:
+        save_file(tensors, path, {"format": "pt"})      # which package makes tensors of them
+    except SafetensorError as error:
+        raise OSError(0, str(error))
 
 
 def about_padding(rows, size):

@@ -158,9 +158,9 @@ def constants():
     rotation = reference.hadamard(torch.eye(32)).to(torch.bfloat16)
     return {
         "weight_global_scale": one,
-        "act_global_scale": one,
+        "act_global_scale": one.clone(),        # A file of tensors has no two with one memory.
         "forward_hadamard_matrix": rotation,
-        "backward_hadamard_matrix": rotation,
+        "backward_hadamard_matrix": rotation.clone(),
     }
 
 
