@@ -124,6 +124,23 @@ def test_a_gap_is_the_mean_over_pairs_with_one_seed_and_stands_beside_half_its_i
     assert "noise" not in text
 
 
+@pytest.mark.parametrize("of_fp4, is_shown", [([.10, .11, .12], True), ([.08, .11, .14], False)])
+def test_the_share_of_fp4_s_gap_that_a_row_closes_is_shown_where_that_gap_is_well_known(
+        of_fp4, is_shown, tmp_path):
+    found = report.table(three_seeds(tmp_path, {"fp4": of_fp4, "fp4 nearest": [.08, .085, .09]}))
+    cells = table(report.text(found))
+    assert ("closed" in cells["fp4-nearest"]) == is_shown
+    assert ("Fieller's theorem" in " ".join(report.text(found).split())) == is_shown
+    row = dict(zip(report.csv_columns(), report.csv_fields(found.rows[2])))
+    assert set(row) >= {"closed", "closed_low", "closed_high"}
+    if is_shown:                        # by hand: 0.025 of 0.11, and a parabola's roots
+        assert cells["fp4"]["closed"] == cells["bf16"]["closed"] == ""
+        assert cells["fp4-nearest"]["closed"] == "23 % (15 to 28)"
+        assert row["closed"] == "0.22727273"
+    else:
+        assert row["closed"] == row["closed_low"] == row["closed_high"] == ""
+
+
 def test_the_two_ends_of_a_run_are_compared_each_with_its_own_losses(tmp_path):
     runs = [written(tmp_path, [6, 5.5, 5], precision="bf16", seed=s) for s in range(2)]
     runs += [written(tmp_path, [6.5, 5.7, 5.25], precision="fp4", seed=s) for s in range(2)]

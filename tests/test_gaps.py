@@ -135,6 +135,50 @@ def test_where_rows_do_not_spread_alike_the_wider_interval_counts(own, half, p):
     assert alike == Gap(mean, pytest.approx(.3), own, pytest.approx(.05))
 
 
+SEEDS = {"bf16": [1.80, 1.79, 1.82, 1.78], "fp4": [1.90, 1.88, 1.91, 1.88],
+         "better": [1.87, 1.86, 1.88, 1.87], "worse": [1.91, 1.89, 1.94, 1.88]}
+
+
+@pytest.mark.parametrize("row", ["better", "worse"])
+def test_a_share_is_in_its_interval_if_what_is_left_of_the_gain_is_not_told_from_zero(row):
+    row, fp4, bf16 = [dict(enumerate(SEEDS[name])) for name in (row, "fp4", "bf16")]
+    found = gaps.share_closed(row | {9: 5.}, fp4 | {8: 5.}, bf16 | {7: 5.})     # no pairs
+    assert found == gaps.share_closed(row, fp4, bf16)
+
+    def left(share):
+        "the gap that is left of each seed's gain if a row closes this share"
+        return own_gap([fp4[s] - row[s] - share * (fp4[s] - bf16[s]) for s in range(4)])
+
+    assert left(found.mean).mean == pytest.approx(0, abs=1e-12)
+    for end, inside in ((found.low, 1e-6), (found.high, -1e-6)):
+        assert abs(left(end).mean) == pytest.approx(left(end).half)
+        assert not left(end + inside).is_told_apart and left(end - inside).is_told_apart
+
+
+def test_without_a_gap_or_with_one_seed_no_share_is_known():
+    row, fp4, bf16 = [dict(enumerate(SEEDS[name])) for name in ("better", "fp4", "bf16")]
+    assert gaps.share_closed({0: 1.87}, fp4, bf16) == gaps.Share()
+    assert gaps.share_closed(row, fp4, {0: 1.8, 1: 1.9, 2: 2.0, 3: 1.8}) == gaps.Share()
+    assert gaps.share_closed(row, fp4, fp4) == gaps.Share()
+    assert gaps.share_closed(fp4, fp4, bf16)[:2] == (0, 0)
+
+
+def test_95_percent_of_intervals_have_the_true_share_in_them():
+    rng = np.random.default_rng(0)
+    n_missed = 0
+    n_missed_with_a_known_gap = 0
+    for _ in range(1000):
+        bf16, fp4, row = rng.normal([[0], [6], [12]], size=(3, 6))     # a gap twice as wide
+        found = gaps.share_closed(*(dict(enumerate(losses)) for losses in (row, fp4, bf16)))
+        n_missed += not found.low <= -1 <= found.high
+        # An interval that takes the gap for known.
+        gain = own_gap(list(fp4 - row))
+        gap = (fp4 - bf16).mean()
+        n_missed_with_a_known_gap += abs(gain.mean / gap + 1) > gain.half / gap
+    assert abs(n_missed / 1000 - .05) < .02
+    assert n_missed_with_a_known_gap / 1000 > .1
+
+
 def draw(rng, spreads, n_seeds=3):
     "losses of rows that do not differ, but whose seeds spread so much; seeds differ more"
     table = rng.normal(size=(len(spreads), n_seeds)) * np.array(spreads)[:, None]

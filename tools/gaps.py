@@ -54,6 +54,15 @@ class Gap(NamedTuple):
         return self.holm is not None and self.holm < FALSE_ALARMS
 
 
+class Share(NamedTuple):
+    """How much of a gap a row closes: 0 is none of it, 1 all, and below 0 it makes it wider.
+
+    None stands where the seeds say too little."""
+    mean: Optional[float] = None
+    low: Optional[float] = None         # ends of the 95 % interval
+    high: Optional[float] = None
+
+
 class Pool(NamedTuple):
     """What several rows say together about the spread of a gap between two of them."""
     rows: tuple                         # their names
@@ -177,6 +186,33 @@ def pooled_gap(gap, pool):
         half = max(half, gap.own)
         p = max(p, gap.p)
     return gap._replace(half=half, p=p)
+
+
+def share_closed(row, reference, base):
+    """
+    The Share of the gap from base to reference by which a row ends below the reference. Each is
+    {seed: loss}.
+
+    Both parts of this fraction are uncertain, and not independent of each other. By Fieller's
+    theorem, the interval has each share for which gain - share x gap, seed by seed, is not told
+    apart from zero by Student's t. Where the gap is not either, there is no such interval.
+    """
+    seeds = [seed for seed in row if seed in reference and seed in base]
+    gains = np.array([reference[seed] - row[seed] for seed in seeds])
+    gaps = np.array([reference[seed] - base[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return Share()
+    scatter = np.cov(gains, gaps) / len(seeds)          # of the two means
+    allowed = t_critical(len(seeds) - 1) ** 2 * scatter
+    # (gain - share gap)^2 <= t^2 variance(gain - share gap) is a parabola in the share.
+    a = gaps.mean() ** 2 - allowed[1, 1]
+    b = gains.mean() * gaps.mean() - allowed[0, 1]
+    c = gains.mean() ** 2 - allowed[0, 0]
+    if a <= 0:
+        return Share()
+    spread = math.sqrt(max(0.0, b * b - a * c))
+    return Share(float(gains.mean() / gaps.mean()), float((b - spread) / a),
+                 float((b + spread) / a))
 
 
 def p_value(mean, error, df):

@@ -23,7 +23,7 @@ from typing import NamedTuple, Optional
 from data.files import atomic_write, atomic_write_text, check
 from fp4.recipes import RECIPES
 from tools import checkpoint, markdown
-from tools.gaps import Gap, Pool, gaps_to, pool_of, smallest_visible
+from tools.gaps import Gap, Pool, Share, gaps_to, pool_of, share_closed, smallest_visible
 from tools.run import NO_KERNELS, label, log_end, log_path
 
 NO_PICTURE = "(no picture: matplotlib is not installed)"
@@ -101,6 +101,7 @@ class Row(NamedTuple):
     val: Optional[float]                # final validation loss, mean of the seeds that did not
     gap: Gap                            # to the first row at the end
     to_fp4: Gap                         # to fp4 at the end, if that is another row
+    closed: Share                       # of the gap from the first row to fp4, if that is known
     first: int                          # the step of the first evaluation
     early: Gap                          # at that step, to fp4 or else to the first row
     tokens_per_s: Optional[float]       # median of all steps of the runs that shared no machine
@@ -120,21 +121,29 @@ def table(runs):
     groups = by_label(runs)
     base = next(iter(groups))
     reference = second_reference(groups) or base
+    pool, at_end = gaps_at_end(groups, base, reference)
     step = first_evaluation(groups)
-    final = final_losses(groups)
     early = losses_after(groups, step)
-    pool = pool_of(final, variants(groups))
     early_pool = pool_of(early, variants(groups))
-
-    to_base = gaps_to(base, final, pool)
-    to_fp4 = {}
-    if reference != base:
-        to_fp4 = gaps_to(reference, final | {base: {}}, pool)    # base has it as a gap to base
-    gaps = (to_base, to_fp4, gaps_to(reference, early, early_pool))
+    to_early = gaps_to(reference, early, early_pool)
     rows = []
     for name, seeds in groups.items():
-        rows.append(make_row(name, seeds, step, *(found.get(name, Gap()) for found in gaps)))
+        rows.append(make_row(name, seeds, step, *at_end[name], to_early.get(name, Gap())))
     return Table(rows, reference, pool, early_pool, provenance(runs))
+
+
+def gaps_at_end(groups, base, reference):
+    """The Pool of the final losses, and {label: (gap, to_fp4, closed)} as a Row has them."""
+    final = final_losses(groups)
+    pool = pool_of(final, variants(groups))
+    to_base = gaps_to(base, final, pool)
+    to_fp4 = {}
+    closed = {}
+    if reference != base:
+        to_fp4 = gaps_to(reference, final | {base: {}}, pool)    # base has it as a gap to base
+        closed = shares_closed(base, final, to_base["fp4"])
+    return pool, {name: (to_base.get(name, Gap()), to_fp4.get(name, Gap()),
+                         closed.get(name, Share())) for name in groups}
 
 
 def second_reference(groups):
@@ -154,6 +163,17 @@ def is_variant(run):
     precision = run.config["precision"]
     is_fp4 = precision.split("-")[0] == "fp4" and precision in RECIPES
     return is_fp4 and RECIPES[precision].forward and run.config.get("forward") != "off"
+
+
+def shares_closed(base, final, gap):
+    """{label: Share} of the gap from base to fp4 that the other rows close.
+
+    Nothing unless that gap is known to a third of itself: a share of a vague gap says nothing.
+    """
+    if gap.half is None or gap.mean < 3 * gap.half:
+        return {}
+    return {name: share_closed(losses, final["fp4"], final[base])
+            for name, losses in final.items() if name not in (base, "fp4")}
 
 
 def final_losses(groups):
@@ -185,7 +205,7 @@ def first_evaluation(groups):
     return 0
 
 
-def make_row(name, seeds, step, to_base, to_fp4, early):
+def make_row(name, seeds, step, to_base, to_fp4, closed, early):
     """The Row of one label; seeds is {seed: run}."""
     good = [run for run in seeds.values() if not run.diverged]
     alone = [run for run in seeds.values() if not shares_machine(run)]
@@ -197,6 +217,7 @@ def make_row(name, seeds, step, to_base, to_fp4, early):
         val=statistics.mean(run.vals[-1] for run in good) if good else None,
         gap=to_base,
         to_fp4=to_fp4,
+        closed=closed,
         first=step,
         early=early,
         tokens_per_s=statistics.median(speeds) if speeds else None,
@@ -277,15 +298,15 @@ def csv_columns():
     names = []
     for name, kind in Row.__annotations__.items():
         names.append(name)
-        if kind is Gap:
-            names += [f"{name}_{field}" for field in Gap._fields[1:]]
+        if kind in (Gap, Share):
+            names += [f"{name}_{field}" for field in kind._fields[1:]]
     return names
 
 
 def csv_fields(row):
     fields = []
     for value in row:
-        fields += map(csv_field, value if isinstance(value, Gap) else [value])
+        fields += map(csv_field, value if isinstance(value, (Gap, Share)) else [value])
     return fields
 
 
@@ -337,6 +358,8 @@ def make_columns(table, several_seeds):
     yield f"gap to {rows[0].run}", [format_gap(row.gap) for row in rows]
     if any(row.to_fp4.mean is not None for row in rows):
         yield "gap to fp4", [format_gap(row.to_fp4) for row in rows]
+    if any(row.closed.mean is not None for row in rows):
+        yield "closed", [format_closed(row.closed) for row in rows]
     yield secondary(table), [format_early(row.early) for row in rows]
     if any(row.tokens_per_s is not None for row in rows):
         yield "tokens/s", [format_speed(row.tokens_per_s) for row in rows]
@@ -364,6 +387,13 @@ def format_gap(gap):
     if gap.half is None or gap.is_told_apart:
         return format_early(gap)
     return f"{format_early(gap)} (not told apart)"
+
+
+def format_closed(share):
+    """A share of a gap, such as 23 % (14 to 33)."""
+    if share.mean is None:
+        return ""
+    return f"{share.mean * 100:.0f} % ({share.low * 100:.0f} to {share.high * 100:.0f})"
 
 
 def format_early(gap):
@@ -403,6 +433,8 @@ def notes_on(table):
         notes += [about_pool(table.pool), about_power(table.pool)]
     else:
         notes.append("± is from the row's own seeds (Student's t).")
+    if any(row.closed.mean is not None for row in table.rows):
+        notes.append(about_closed(table.rows[0].run))
     return [*notes, about_secondary(table), facts]
 
 
@@ -434,6 +466,12 @@ def about_power(pool):
     at_best = "" if pool.is_alike else " at best"
     return (f"A gap below {gap:.3f} between two of these rows would probably not have been seen: "
             f"one of {gap:.3f} is told apart with a probability of 80 %{at_best}.")
+
+
+def about_closed(base):
+    """What the column of closed shares says."""
+    return (f"closed: how far a row ends below fp4, as a share of the gap from {base} to fp4, and "
+            "its 95 % interval from the row's own seeds (Fieller's theorem: both are uncertain).")
 
 
 def about_secondary(table):

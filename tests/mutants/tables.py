@@ -6,6 +6,23 @@ ABLATION = "tests/test_ablation.py::"
 SURVIVAL = "tests/test_survival.py::"
 
 MUTANTS = [
+    Mutant("a share takes the gap for known",
+           "tools/gaps.py",
+           "a = gaps.mean() ** 2 - allowed[1, 1]",
+           "a = gaps.mean() ** 2",
+           GAPS + "test_a_share_is_in_its_interval_if_what_is_left_of_the_gain_is_not_told_from_"
+           "zero"),
+    Mutant("gain and gap of a share are taken for independent",
+           "tools/gaps.py",
+           "gains.mean() * gaps.mean() - allowed[0, 1]",
+           "gains.mean() * gaps.mean()",
+           GAPS + "test_95_percent_of_intervals_have_the_true_share_in_them"),
+    Mutant("a share of a vague gap is shown",
+           "tools/report.py",
+           "gap.mean < 3 * gap.half",
+           "gap.mean < gap.half",
+           "tests/test_ablation.py::test_the_share_of_fp4_s_gap_that_a_row_closes_is_shown_where_"
+           "that_gap_is_well_known"),
     # What a gap is, and its interval.
     Mutant("Student's t has one degree of freedom too many",
            "tools/gaps.py",
