@@ -225,19 +225,3 @@ class Llama(nn.Module):
         if targets is None:
             return F.linear(x, weight.to(x.dtype)).float()
         return fp4.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
-
-    @torch.no_grad()
-    def generate(self, idx, n_tokens, temperature=0.8, top_k=50, generator=None):
-        """idx [1, T] -> [1, T + n_tokens]: one token after the other, drawn from the top_k most
-        likely. Nothing is cached, so each token costs a whole forward pass.
-
-        Raises ValueError when the logits are not finite."""
-        for _ in range(n_tokens):
-            context = idx[:, -self.config.block_size:]
-            logits = self(context)[:, -1] / temperature
-            values, tokens = logits.topk(min(top_k, logits.shape[-1]))
-            if not values.isfinite().all():
-                raise ValueError("the logits are not finite")
-            choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
-            idx = torch.cat((idx, tokens.gather(-1, choice)), dim=1)
-        return idx

@@ -10,7 +10,7 @@ precision of the table in fp4/recipes.py.
 
 A run leaves log.csv, curve.svg and ckpt.pt in out/NAME.
 
-Read from top to bottom: settings, schedule and evaluation, one run, sampling, main.
+Read from top to bottom: settings, schedule and evaluation, one run, main.
 """
 import dataclasses
 import itertools
@@ -131,7 +131,6 @@ import fp4                              # the quantised linear layer
 from data import tokens
 from data.corpus import open_corpus
 from data.progress import bar_on_terminal
-from data.tokenizer import vocabulary_from_state
 from fp4.backend import GEMMS
 from model import PRESETS, Llama, count_params
 from tools import checkpoint, cuda_graph, energy, machine, processes
@@ -440,34 +439,13 @@ def diverge(cfg, row, log):
 
 def finish(cfg, model, corpus, history, spent):
     """Print a sample, then draw the curve, and say where everything is."""
+    from tools import generate, report      # Only a finished run needs them.
     try:
-        text = sample(model, corpus.vocabulary, "def", cfg)
+        text = generate.sample(model, corpus.vocabulary, "def", cfg)
     except UserError as error:          # A sample never ends a run.
         text = f"(no sample: {error})"
     print(f"\n{text}")
-    from tools import report            # Only a finished run needs it.
     processes.by_rank_0(lambda: report.finish(cfg, history, spent))
-
-
-# ---- sampling
-
-def sample_from_checkpoint(cfg):
-    """The text --sample, continued by the checkpoint of the run that cfg names."""
-    state = checkpoint.load(cfg.folder)
-    trained = dataclasses.replace(settings_of(state, cfg), shard=False)
-    vocabulary = vocabulary_from_state(state["corpus"]["vocabulary"])
-    with machine.errors_in_words(trained):
-        model = build_model(trained, vocabulary.size)
-        checkpoint.restore_model(state, model)
-        return sample(model, vocabulary, cfg.sample, cfg)
-
-
-def sample(model, vocabulary, text, cfg):
-    """The text, continued by the model. Raises UserError if it cannot be."""
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    ids = torch.tensor([vocabulary.encode(text)], device=cfg.device)
-    ids = checked(model.generate, ids, cfg.sample_tokens, generator=generator)
-    return vocabulary.decode(ids[0].tolist())
 
 
 # ---- main
@@ -540,7 +518,8 @@ def main(argv):
     with processes.joined(settings.device):
         configs = processes.all_or_none(lambda: plan(settings))
         if settings.sample is not None:
-            print(sample_from_checkpoint(configs[0]))
+            from tools import generate  # Only sampling needs it.
+            print(generate.from_checkpoint(configs[0], settings_of, build_model))
         elif len(configs) == 1:
             cfg = configs[0]
             if cfg.resume:

@@ -19,7 +19,7 @@ from data.texts import END
 from data.tokenizer import Characters, Gpt2, Own, Vocabulary
 from fp4 import ops, reference, stored_weight
 from model import Llama, ModelConfig
-from tools import checkpoint
+from tools import checkpoint, generate
 from tools.huggingface import __main__ as huggingface
 from tools.huggingface import vocabulary, weights
 
@@ -161,7 +161,7 @@ def test_a_bf16_model_writes_the_same_text_there(tmp_path):
 def test_it_draws_there_as_our_samples_do(tmp_path):
     folder = str(tmp_path / "hf")
     huggingface.write(model_of(fp4.RECIPES["bf16"]), OWN, folder, "bf16")
-    defaults = inspect.signature(Llama.generate).parameters
+    defaults = inspect.signature(generate.generate).parameters
     with open(tmp_path / "hf" / "generation_config.json") as file:
         said = json.load(file)
     assert said["do_sample"] and said["eos_token_id"] == OWN.encode(END)[0]

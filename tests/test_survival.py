@@ -24,7 +24,7 @@ from fp4 import stored_weight
 from model import PRESETS, Llama
 from test_train import (        # fixtures and readers
     BRIEF, ROOT, SMALL, corpus, equal, log, run, state, stopping_after)
-from tools import checkpoint, machine, report
+from tools import checkpoint, generate, machine, report
 from tools.run import read_log
 
 # Its runs take a third of the time of tiny's. What a process of its own trains is tiny, though.
@@ -105,13 +105,13 @@ def test_an_ablation_outlives_a_run_that_diverges_at_its_last_evaluation(
 # ---- a sample
 
 def test_a_model_whose_logits_are_not_finite_ends_no_run(run, monkeypatch):
-    generate = Llama.generate
+    right = generate.generate
 
-    def spoilt(self, *args, **kw):
-        self.head.weight.data.fill_(torch.nan)
-        return generate(self, *args, **kw)
+    def spoilt(model, *args, **kw):
+        model.head.weight.data.fill_(torch.nan)
+        return right(model, *args, **kw)
 
-    monkeypatch.setattr(Llama, "generate", spoilt)
+    monkeypatch.setattr(generate, "generate", spoilt)
     code, _, out = run("--steps", 2, "--name", "r", *BRIEF)
     assert code == 0 and "(no sample: the logits are not finite)" in out
     code, sentence, _ = run("--name", "r", "--sample", "def")

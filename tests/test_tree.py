@@ -13,7 +13,7 @@ FOLDERS = ("data", "fp4", "tools")
 # the function that needs them.
 TOOLS_AT_THE_TOP = {"tools.run", "tools.cli", "tools.checkpoint", "tools.cuda_graph",
                     "tools.energy", "tools.machine", "tools.processes"}
-TOOLS_INSIDE = {"tools.ablation", "tools.report"}
+TOOLS_INSIDE = {"tools.ablation", "tools.generate", "tools.report"}
 # From the bottom up: a module of the method imports only modules that stand before it.
 METHOD = [
     "fp4.check", "fp4.recipes", "fp4.cross_entropy", "fp4.reference", "fp4.ops", "fp4.backend",

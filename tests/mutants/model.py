@@ -16,12 +16,7 @@ FIRST_WEIGHTS = TESTS + "each_parameter_has_its_standard_deviation_and_is_drawn_
 SIZES = TESTS + "each_size_of_the_paper_has_its_layers_learning_rate_and_batch"
 OPERATIONS = TESTS + ("the_operations_of_a_step_are_those_that_torch_counts_in_a_llama"
                       "_written_out")
-DRAWN = TESTS + "tokens_are_drawn_from_the_softmax_of_the_logits_over_the_temperature"
-LIKELY = TESTS + "only_the_most_likely_tokens_are_drawn_and_each_of_them_is"
-REPEATS = TESTS + "a_sample_is_shown_the_last_block_and_repeats_with_its_generator"
-GREEDY = TESTS + "the_most_likely_continuation_is_that_of_a_llama_written_out"
 N_PARAMS = "tests/test_train.py::test_each_size_has_the_papers_number_of_parameters"
-NOT_FINITE = "tests/test_survival.py::test_a_model_whose_logits_are_not_finite_ends_no_run"
 
 MUTANTS = [
     # Sizes
@@ -143,32 +138,4 @@ MUTANTS = [
            "x = self.embed(idx).to(self.dtype)", "x = self.embed(idx)", DTYPES),
     Mutant("logits have the activations' dtype", "model.py",
            "weight.to(x.dtype)).float()", "weight.to(x.dtype))", DTYPES),
-
-    # Sampling
-    Mutant("logits are multiplied by the temperature", "model.py",
-           "[:, -1] / temperature", "[:, -1] * temperature", DRAWN),
-    Mutant("the temperature is 1 by default", "model.py",
-           "temperature=0.8", "temperature=1.0", DRAWN),
-    Mutant("the temperature divides probabilities", "model.py",
-           "[:, -1] / temperature", "[:, -1]", DRAWN),
-    Mutant("every token may be drawn", "model.py",
-           "logits.topk(min(top_k, logits.shape[-1]))", "logits.topk(logits.shape[-1])", LIKELY),
-    Mutant("one token more may be drawn", "model.py",
-           "min(top_k, logits.shape[-1])", "min(top_k + 1, logits.shape[-1])", LIKELY),
-    Mutant("the least likely tokens are drawn", "model.py",
-           "logits.topk(min(top_k, logits.shape[-1]))",
-           "logits.topk(min(top_k, logits.shape[-1]), largest=False)", LIKELY),
-    Mutant("the rank of a token is taken for the token", "model.py",
-           "tokens.gather(-1, choice)", "choice", GREEDY),
-    Mutant("the first block of a long text is shown", "model.py",
-           "idx[:, -self.config.block_size:]", "idx[:, :self.config.block_size]", REPEATS),
-    Mutant("the text is shown without its last token", "model.py",
-           "idx[:, -self.config.block_size:]", "idx[:, -self.config.block_size:-1]",
-           REPEATS),
-    Mutant("the next token is that of the text's beginning", "model.py",
-           "logits = self(context)[:, -1]", "logits = self(context)[:, 0]", GREEDY),
-    Mutant("the generator is not used", "model.py",
-           "1, generator=generator)", "1)", REPEATS),
-    Mutant("logits that are not finite are not looked at", "model.py",
-           "if not values.isfinite().all():", "if not tokens.isfinite().all():", NOT_FINITE),
 ]

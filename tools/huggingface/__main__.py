@@ -43,7 +43,7 @@ from data.tokenizer import vocabulary_from_state
 from tools import checkpoint, machine
 from tools.huggingface import vocabulary, weights
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}     # as Llama.generate draws
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}     # as generate.py draws
 
 
 # ---- from a checkpoint
