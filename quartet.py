@@ -385,7 +385,7 @@ def begin(cfg, corpus, model, optimizer):
     """
     made_by = machine.describe(cfg.device, processes.size()), backend_description(model)
     if not cfg.resume:
-        head = run.log_head(vars(cfg), *made_by, corpus.identity)
+        head = run.log_head(vars(cfg), *made_by, corpus.description)
         processes.by_rank_0(lambda: run.start_log(run.log_path(cfg.folder), head))
         return []
     state = checkpoint.load(cfg.folder)

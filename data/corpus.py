@@ -26,6 +26,11 @@ class Corpus(NamedTuple):
             "vocab_size": self.vocabulary.size,
         }
 
+    @property
+    def description(self):
+        """The identity, and how many tokens there are to train on."""
+        return {**self.identity, "train_tokens": sum(map(len, self.train))}
+
 
 def open_corpus(name, vocab=None):
     """

@@ -498,6 +498,7 @@ def test_the_log_says_what_made_it(run, tmp_path):
     lines = open(tmp_path / "r" / "log.csv").read().splitlines()
     assert [line.split()[1] for line in lines[:5]] == ["commit", "config", "device", "fp4", "data"]
     assert '"precision": "fp4"' in lines[1]
+    assert '"train_tokens": ' in lines[4]
     assert lines[5] == "step,loss,val,lr,norm,ms,tokens_per_s,mfu,beyond_window"
     assert lines[6].split(",")[-2].endswith("%" if "H100" in lines[2] else "n/a")
 

@@ -211,7 +211,7 @@ class Step(NamedTuple):
 def log_head(config, device_name, backend_description, corpus=None):
     """The lines at the top of log.csv, which say what made the run.
 
-    config is a dictionary of settings, corpus the identity of a data.corpus.Corpus.
+    config is a dictionary of settings, corpus the description of a data.corpus.Corpus.
     """
     lines = [
         f"# commit {git_commit()}",
@@ -380,7 +380,7 @@ class Run(NamedTuple):
     history: list                       # of Step
     date: str                           # when it was finished, its last step evaluated; "": not
     memory: str                         # peak memory, such as "1.03 GiB"
-    corpus: dict                        # the identity of its Corpus; {}: in an older log
+    corpus: dict                        # the description of its Corpus; {}: in an older log
     resumed: list                       # of the dictionaries that log_resumed() writes
     divergence: str                     # the sentence with which it diverged; "": it did not
     commit: str                         # of the code that began it, as git_commit() gives it

@@ -206,7 +206,7 @@ MUTANTS = [
     Mutant("steps are numbered from 0 on", "quartet.py",
            "run.Step(done, loss, val,", "run.Step(step, loss, val,", EVALUATED),
     Mutant("the corpus is not in the log", "quartet.py",
-           "run.log_head(vars(cfg), *made_by, corpus.identity)",
+           "run.log_head(vars(cfg), *made_by, corpus.description)",
            "run.log_head(vars(cfg), *made_by)",
            LOG_HEAD),
 
