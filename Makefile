@@ -18,7 +18,7 @@ train: kernels matplotlib ## train the tiny model in FP4 and print a sample: 4 m
 	$(PYTHON) quartet.py --precision fp4 --size tiny
 
 ablation: kernels matplotlib ## the study of tools/README.md; without a GPU a small one
-	$(PYTHON) -m tools.study $(ARGS)
+	$(PYTHON) -m tools.study recipes $(ARGS)
 
 law: kernels matplotlib ## train a small sweep in BF16 and FP4, and fit the scaling law to it
 	$(PYTHON) -m tools.scaling sweep --out out/law

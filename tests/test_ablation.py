@@ -322,7 +322,7 @@ def test_a_table_names_the_rows_that_are_emulated_in_some_seeds_only(tmp_path):
 
 
 def runs_of_the_study():
-    with open(os.path.join(ROOT, "tools", "study.csv")) as file:
+    with open(os.path.join(ROOT, "tools", "studies", "recipes.csv")) as file:
         return [parse_log(log) for log in split_logs(file.read())]
 
 
@@ -417,10 +417,9 @@ def readme(tmp_path, monkeypatch):
     "the study writes everything into this folder; its README.md"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "README", str(tmp_path / "README.md"))
-    monkeypatch.setattr(study, "PICTURES", str(tmp_path))
-    monkeypatch.setattr(study, "RUNS", str(tmp_path / "runs.csv"))
+    monkeypatch.setattr(study, "RESULTS", str(tmp_path / "studies"))
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- ablation -->\nold\n<!-- /ablation -->\nafter")
+    readme.write_text("before\n<!-- recipes -->\nold\n<!-- /recipes -->\nafter")
     return readme
 
 
@@ -436,24 +435,24 @@ def test_the_readmes_table_comes_from_logs_alone_in_the_order_of_the_recipes(
     # set aside: not of this study
     os.rename(tmp_path / "study" / "tiny-fp4-seed1", tmp_path / "study" / "tiny-fp4-seed1.1")
     logs = logs_in(tmp_path / "study")
-    assert quartet.run_cli(logs, study.main) == 0
+    assert quartet.run_cli(["recipes", *logs], study.main) == 0
     text = readme.read_text()
     assert [*table(text)] == ["bf16", "fp4", "quartet2"]
     assert table(text)["fp4"]["seeds"] == "1"
-    assert (tmp_path / "ablation.svg").exists()
+    assert (tmp_path / "studies" / "recipes.svg").exists()
     assert "\nold\n" not in text and text.startswith("before")
     in_one_line = " ".join(text.split())
-    assert "`stdlib`, 4,096 in the vocabulary; CPU, torch" in in_one_line
+    assert "`stdlib`, 4,096 in the vocabulary; epochs not recorded; CPU, torch" in in_one_line
     assert "2026-01-02" in text
     prose = [line for line in text.splitlines() if not line.startswith("|")]
     assert max(map(len, prose)) <= 100
-    with open(tmp_path / "out" / "ablation.csv") as file:
+    with open(tmp_path / "out" / "recipes.csv") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["bf16", "fp4", "quartet2"]
 
     written(tmp_path / "study", [6, 5], precision="fp4-sr", seq=128)
     capsys.readouterr()
     other = str(tmp_path / "study" / "tiny-fp4-sr" / "log.csv")
-    assert quartet.run_cli([*logs, other], study.main) == 2
+    assert quartet.run_cli(["recipes", *logs, other], study.main) == 2
     assert capsys.readouterr().err == "quartet: these runs differ in --seq: 128, 256\n"
     assert readme.read_text() == text
 
@@ -463,37 +462,37 @@ def test_what_is_kept_of_the_readmes_runs_gives_the_same_table_and_takes_more_ru
         readme, tmp_path):
     for p, v in (("bf16", 5), ("fp4", math.nan)):
         written(tmp_path / "study", [6, v], precision=p)
-    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 0
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 0
     text = readme.read_text()
-    kept = (tmp_path / "runs.csv").read_text()
+    kept = (tmp_path / "studies" / "recipes.csv").read_text()
     assert table(text)["fp4"]["val loss"] == "diverged"
     # head, names of the columns, two evaluations, end
     assert len(kept.splitlines()) == 2 * (5 + 1 + 2 + 1)
-    assert quartet.run_cli(["runs.csv"], study.main) == 0
+    assert quartet.run_cli(["recipes", "studies/recipes.csv"], study.main) == 0
     assert readme.read_text() == text
 
     written(tmp_path / "more", [6, 4], precision="fp4-sr")
     # a table of its own
     written(tmp_path / "more", [6, 5, 3], precision="fp4-sr", name="long-fp4-sr")
     more = ["more/tiny-fp4-sr/log.csv", "more/long-fp4-sr/log.csv"]
-    assert quartet.run_cli(["runs.csv", *more], study.main) == 0
+    assert quartet.run_cli(["recipes", "studies/recipes.csv", *more], study.main) == 0
     text = readme.read_text()
     rows = [line.split()[1] for line in text.splitlines() if line.startswith(("| bf16", "| fp4"))]
     assert rows == ["bf16", "fp4", "fp4-sr", "fp4-sr"]
-    assert (tmp_path / "ablation2.svg").exists()
-    assert (tmp_path / "runs.csv").read_text().startswith(kept)
+    assert (tmp_path / "studies" / "recipes2.svg").exists()
+    assert (tmp_path / "studies" / "recipes.csv").read_text().startswith(kept)
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_tables_of_the_readme_are_those_of_the_runs_that_are_kept(readme, tmp_path, capsys):
     with open(os.path.join(ROOT, "tools", "README.md")) as file:
         committed = file.read()
-    kept = os.path.join(ROOT, "tools", "study.csv")
+    kept = os.path.join(ROOT, "tools", "studies", "recipes.csv")
     readme.write_text(committed)
-    assert quartet.run_cli([kept], study.main) == 0
+    assert quartet.run_cli(["recipes", kept], study.main) == 0
     assert readme.read_text() == committed
     with open(kept, "rb") as file:
-        assert (tmp_path / "runs.csv").read_bytes() == file.read()
+        assert (tmp_path / "studies" / "recipes.csv").read_bytes() == file.read()
 
 
 def test_the_pooled_errors_of_the_study():
@@ -514,13 +513,13 @@ def test_the_gaps_to_another_row_are_printed_and_nothing_is_written(readme, tmp_
     written(tmp_path / "study", [6, 5, 4], precision="fp8", name="long-fp8")
     before = readme.read_text()
     logs = logs_in(tmp_path / "study")
-    assert quartet.run_cli([*logs, "--against", "fp8"], study.main) == 0
+    assert quartet.run_cli(["recipes", *logs, "--against", "fp8"], study.main) == 0
     short, long = capsys.readouterr().out.split("\n\n| run")
     assert [*table(short)] == ["fp8", "bf16", "fp4"]
     assert table(short)["fp4"]["gap to fp8"] == "+0.1500"
     assert [*table("| run" + long)] == ["fp8"]
-    assert readme.read_text() == before and not (tmp_path / "runs.csv").exists()
-    assert quartet.run_cli([*logs, "--against", "fp9"], study.main) == 2
+    assert readme.read_text() == before and not (tmp_path / "studies" / "recipes.csv").exists()
+    assert quartet.run_cli(["recipes", *logs, "--against", "fp9"], study.main) == 2
     assert "no run is called fp9" in capsys.readouterr().err
 
 
@@ -529,24 +528,47 @@ def test_the_gap_is_drawn_from_the_longest_runs_and_drawing_again_changes_no_pic
     for seed in range(2):
         written(tmp_path / "study", [6, 5], precision="bf16", seed=seed)
         written(tmp_path / "study", [6, 5.2], precision="fp4", seed=seed)
-    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 0
-    pictures = {name: (tmp_path / name).read_bytes() for name in ("ablation.svg", "gap.svg")}
-    assert quartet.run_cli(["runs.csv"], study.main) == 0
-    assert pictures == {name: (tmp_path / name).read_bytes() for name in pictures}
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 0
+    folder = tmp_path / "studies"
+    pictures = {name: (folder / name).read_bytes() for name in ("recipes.svg", "gap.svg")}
+    assert quartet.run_cli(["recipes", "studies/recipes.csv"], study.main) == 0
+    assert pictures == {name: (folder / name).read_bytes() for name in pictures}
     written(tmp_path / "study", [6, 5, 4], precision="bf16", name="long-bf16")
     written(tmp_path / "study", [6, 5, 4.5], precision="fp4", name="long-fp4")
-    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 0
-    assert (tmp_path / "ablation.svg").read_bytes() == pictures["ablation.svg"]
-    assert (tmp_path / "gap.svg").read_bytes() != pictures["gap.svg"]
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 0
+    assert (tmp_path / "studies" / "recipes.svg").read_bytes() == pictures["recipes.svg"]
+    assert (tmp_path / "studies" / "gap.svg").read_bytes() != pictures["gap.svg"]
 
 
 def test_without_matplotlib_the_tables_are_written_all_the_same(readme, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for precision in ("bf16", "fp4"):
         written(tmp_path / "study", [6, 5], precision=precision)
-    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 0
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 0
     assert [*table(readme.read_text())] == ["bf16", "fp4"]
     assert "![curves]" not in readme.read_text() and not list(tmp_path.glob("*.svg"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_says_how_many_epochs_its_runs_are_where_their_logs_do(readme, tmp_path):
+    described = CORPUS | {"train_tokens": 10_000}
+    written(tmp_path / "study", [6, 5], precision="bf16", corpus=described)
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 0
+    assert "0.82 epochs" in readme.read_text()          # four steps of 8 x 256 tokens
+    written(tmp_path / "study", [6, 5], precision="fp4", corpus=described | {"train_tokens": 9})
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 0
+    assert "epochs not recorded" in " ".join(readme.read_text().split())
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_the_readme_says_what_each_study_asks(name):
+    with open(os.path.join(ROOT, "tools", "README.md")) as file:
+        section = file.read().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    kept = os.path.join(ROOT, "tools", "studies", f"{name}.csv")
+    if os.path.exists(kept):
+        assert section.strip().startswith(study.filled(study.STUDIES[name].question))
+    else:
+        assert section.strip() == study.section_text(name, [])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -559,7 +581,7 @@ def test_what_cannot_stand_in_the_study_is_left_out_and_said(readme, tmp_path, c
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe")
     (tmp_path / "other.csv").write_text("a,b\n")
     files += ["binary.csv", "other.csv", "missing.csv"]
-    assert quartet.run_cli(files, study.main) == 0
+    assert quartet.run_cli(["recipes", *files], study.main) == 0
     out = capsys.readouterr().out
     assert [*table(readme.read_text())] == ["bf16", "fp4"]
     assert "tiny-fp4-sr/log.csv: resumed after step 2 with lr 0.1 -> 0.002" in out
@@ -568,7 +590,7 @@ def test_what_cannot_stand_in_the_study_is_left_out_and_said(readme, tmp_path, c
 
     # Not even if its length gives it a table of its own.
     written(tmp_path / "study", [6, 5, 4], precision="fp8", corpus=CORPUS | {"vocab_size": 400})
-    assert quartet.run_cli(logs_in(tmp_path / "study"), study.main) == 2
+    assert quartet.run_cli(["recipes", *logs_in(tmp_path / "study")], study.main) == 2
     assert "are of different corpora" in capsys.readouterr().err
 
 
@@ -1123,7 +1145,7 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "finish", lambda these, *_: (configs.extend(these), None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="there is no finished run"):
-        study.main(["--device", "cpu", "--out", str(tmp_path)])
+        study.main(["recipes", "--device", "cpu", "--out", str(tmp_path)])
     order = [(cfg.seed, -cfg.tokens_per_param) for cfg in configs]
     assert order == sorted(order)       # seed by seed, the long ones first
     short = [cfg for cfg in configs if cfg.tokens_per_param == 25]
@@ -1134,15 +1156,29 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
     assert len(long) == 3 * (3 + 3 + 1)
 
 
+def test_the_screen_trains_each_of_its_rows_with_three_seeds():
+    out, configs = study.study_runs("screen", ["--device", "cpu", "--out", "elsewhere"])
+    assert out == "elsewhere" and study.study_runs("screen", ["--device", "cpu"])[0] == "out/screen"
+    rows = {(cfg.precision, cfg.post_step, cfg.keep_last) for cfg in configs}
+    assert len(configs) == 3 * len(rows) and {cfg.tokens_per_param for cfg in configs} == {100}
+    assert ("bf16", None, 0) in rows and ("fp4", None, 0) in rows
+    assert ("fp4", "cage:10:0.5", 0) in rows and ("fp4", None, 1) in rows
+
+
+def test_there_is_no_other_study(capsys):
+    assert quartet.run_cli(["screens"], study.main) == 2
+    assert "study 'screens' is not one of recipes, screen" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_the_study_writes_what_there_is_and_then_says_what_failed(monkeypatch, readme, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(study, "finish", lambda *_: ([], UserError("2 runs failed")))
     with pytest.raises(UserError, match="2 runs failed"):
-        study.main(["--device", "cpu", "--out", str(tmp_path / "none")])
+        study.main(["recipes", "--device", "cpu", "--out", str(tmp_path / "none")])
     written(tmp_path / "some", [6, 5], precision="bf16")
     with pytest.raises(UserError, match="2 runs failed"):
-        study.main(["--device", "cpu", "--out", str(tmp_path / "some")])
+        study.main(["recipes", "--device", "cpu", "--out", str(tmp_path / "some")])
     assert [*table(readme.read_text())] == ["bf16"]
 
 

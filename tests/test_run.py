@@ -466,7 +466,7 @@ def test_a_run_whose_last_step_was_not_evaluated_has_not_ended(log):
 def test_an_older_log_without_a_corpus_stays_usable():
     found = run.parse_log(log_text(3, corpus=None))
     assert found.corpus == {} and found.resumed == [] and found.config == CONFIG
-    with open(os.path.join(ROOT, "tools", "study.csv")) as file:
+    with open(os.path.join(ROOT, "tools", "studies", "recipes.csv")) as file:
         logs = run.split_logs(file.read())
     assert len(logs) > 100 and all(run.parse_log(log).ended for log in logs)
 
