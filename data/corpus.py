@@ -1,16 +1,19 @@
 """
 Open a corpus for training: its tokens, its vocabulary, and a fingerprint that tells it from others.
 """
-from typing import NamedTuple
+import functools
+import math
+from dataclasses import dataclass
 
 from data import facts, tokens
-from data.files import check
+from data.files import UserError, check
 from data.prepare import prepare
 from data.prepared import files, read_record
 from data.tokenizer import Vocabulary, open_vocabulary
 
 
-class Corpus(NamedTuple):
+@dataclass(frozen=True)
+class Corpus:
     folder: str
     train: list                     # of memory-mapped token files
     val: list
@@ -30,6 +33,41 @@ class Corpus(NamedTuple):
     def description(self):
         """The identity, and how many tokens there are to train on."""
         return {**self.identity, "train_tokens": sum(map(len, self.train))}
+
+    @functools.cached_property
+    def bytes_per_token(self):
+        """
+        How many bytes of text a token stands for, on average over the tokens that validation
+        predicts; None if the vocabulary does not tell.
+
+        END has no bytes.
+        """
+        try:
+            lengths = self.vocabulary.bytes_of_ids()
+        except UserError:
+            return None
+        n_tokens = 0
+        n_bytes = 0
+        for shard in self.val:
+            predicted = shard[1:]       # as in tokens.val_batches
+            n_tokens += len(predicted)
+            for start in range(0, len(predicted), facts.CHUNK_TOKENS):
+                n_bytes += int(lengths[predicted[start:start + facts.CHUNK_TOKENS]].sum())
+        return n_bytes / n_tokens if n_bytes else None
+
+    def bits_per_byte(self, loss):
+        """
+        Returns a validation loss, in nats a token, as the bits that the model needs to encode a
+        byte of the text; None if that is not known, or loss is None.
+
+        A token of a larger vocabulary stands for more text, so its loss is higher, though the model
+        may be no worse. Bits per byte compare across vocabularies. END has no bytes, but its loss
+        counts: it is a part of the mean. nanochat's evaluate_bpb (github.com/karpathy/nanochat)
+        leaves that out.
+        """
+        if loss is None or self.bytes_per_token is None:
+            return None
+        return loss / math.log(2) / self.bytes_per_token
 
 
 def open_corpus(name, vocab=None):

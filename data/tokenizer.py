@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 
+import numpy as np
 import tiktoken
 
 from data.bpe import BYTES, PATTERN
@@ -58,6 +59,10 @@ class Vocabulary:
         """Returns the text of ids; those outside the vocabulary are skipped."""
         raise UserError(self.no_text())
 
+    def bytes_of_ids(self):
+        """Returns how many bytes of text each id stands for, an array of `size`: 0 for END."""
+        raise UserError(self.no_text())
+
     def no_text(self):
         return f"there is no text, because the vocabulary of these tokens {self.why}"
 
@@ -74,6 +79,12 @@ class BytePairs(Vocabulary):
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if 0 <= i < self.size])
+
+    def bytes_of_ids(self):
+        lengths = np.array([len(self.encoding.decode_single_token_bytes(i))
+                            for i in range(self.size)])
+        lengths[self.encoding.eot_token] = 0
+        return lengths
 
 
 class Own(BytePairs):
@@ -142,6 +153,10 @@ class Characters(Vocabulary):
 
     def decode(self, ids):
         return "".join(self.strings.get(i, "") for i in ids)
+
+    def bytes_of_ids(self):
+        check(len(self.strings) == self.size, "not every id of this vocabulary has a string")
+        return np.array([len(self.strings[i].encode(errors="replace")) for i in range(self.size)])
 
 
 def llama3():

@@ -55,12 +55,13 @@ def table(out):
 CORPUS = dict(fingerprint="a" * 16, vocabulary="b" * 16, vocab_size=320)
 
 
-def written(tmp_path, vals, memory="n/a", corpus=CORPUS, **settings):
-    "a log as quartet.py writes it, read again; vals: of the evaluations"
+def written(tmp_path, vals, memory="n/a", corpus=CORPUS, bits=None, **settings):
+    """a log as quartet.py writes it, read again; vals: of the evaluations, bits: per byte where a
+    loss is 1, or None"""
     settings = dict(size="tiny", steps=2 * len(vals), device="cpu", out=str(tmp_path)) | settings
     cfg = quartet.resolve(quartet.Settings(**settings))
     every_second = [v for val in vals for v in (None, val)]
-    history = [Step(i, 5., v, 1e-3, 1., 10., 100. * i, "n/a")
+    history = [Step(i, 5., v, 1e-3, 1., 10., 100. * i, "n/a", bpb=v and bits and v * bits)
                for i, v in enumerate(every_second, 1)]
     head = log_head(vars(cfg), "CPU, torch test", "test", corpus)
     end = f"# finished 2026-01-02, peak memory {memory}\n"
@@ -76,6 +77,25 @@ def numbered(folder):
 
 
 # ---- the table
+
+def test_the_table_has_bits_per_byte_where_the_logs_do(tmp_path):
+    runs = [written(tmp_path, [9, val], precision=precision, seed=seed, bits=.5)
+            for precision, vals in dict(bf16=(4, 6), fp4=(5, 7)).items()
+            for seed, val in enumerate(vals)]
+    cells = table(report.text(report.table(runs)))
+    assert {name: row["bits per byte"] for name, row in cells.items()} == {
+        "bf16": "2.5000", "fp4": "3.0000"}
+    head, *lines = csv.reader(report.csv_text(report.table(runs).rows).splitlines())
+    assert head[-1] == "bpb" and [line[-1] for line in lines] == ["2.5", "3"]
+
+    # One seed is of an older version, one diverged.
+    older = written(tmp_path, [9, 7], precision="fp4", seed=2)
+    diverged = written(tmp_path, [6, 9], precision="bf16", seed=2, bits=.5)
+    cells = table(report.text(report.table([*runs, older, diverged])))
+    assert {name: row["bits per byte"] for name, row in cells.items()} == {
+        "bf16": "2.5000", "fp4": ""}
+    assert "bits per byte" not in report.text(report.table([older]))
+
 
 def half_of(pairs):
     "half the 95 % interval of the mean of three differences: Student's t is 4.303 then"

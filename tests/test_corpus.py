@@ -5,11 +5,13 @@ token files are refused, the vocabulary without the corpus, and what is cleaned.
 Nothing here needs a network.
 """
 import codecs
+import dataclasses
 import errno
 import fcntl
 import gzip
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -21,13 +23,15 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 
 from data import (
     build, clean, facts, layout, locks, prepare, prepared, signals, split, texts, tokenizer, tokens)
-from data.corpus import open_corpus
+from data.bpe import BYTES
+from data.corpus import Corpus, open_corpus
 from data.files import Stopped, UserError
 from data.texts import END
 
@@ -46,6 +50,10 @@ def refused(function, *args, words=(), **kwargs):
     with pytest.raises(UserError) as error:
         function(*args, **kwargs)
     sentence(error, *words)
+
+
+def bpe_of_bytes():
+    return {token: rank for rank, token in enumerate(BYTES)}
 
 
 def write_tokens(path, ids, vocab=50257):
@@ -294,6 +302,106 @@ def test_a_text_with_too_few_pairs_for_its_vocabulary_can_be_opened_again(notes,
     folder = open_corpus(str(notes), 4000).folder
     assert open_corpus(folder, 4000).vocabulary.size == sizes[0]
     refused(open_corpus, folder, 3999, words=["not 3,999"])
+
+
+# ---- bits per byte
+
+def predicted_text(corpus):
+    """The bytes of the text that validation predicts, decoded id by id, and the number of ids."""
+    end = corpus.vocabulary.size - 1
+    text = b""
+    n_targets = 0
+    for _, y in tokens.val_batches(corpus.val, 3, 64):
+        ids = y[y >= 0].tolist()
+        n_targets += len(ids)
+        text += corpus.vocabulary.encoding.decode_bytes([i for i in ids if i != end])
+    return text, n_targets
+
+
+def test_bits_per_byte_are_the_loss_of_all_predicted_tokens_over_the_bytes_of_their_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        words = f"Größe {i}: {i * i} Füße, 長さ {i ** 3} 🙂\n" * (10 + i)
+        (tmp_path / "text" / f"{i}.txt").write_text(words, encoding="utf-8")
+    opened = open_corpus(prepare.prepare(str(tmp_path / "text"), 400, out=str(tmp_path / "out")))
+    text, n_targets = predicted_text(opened)
+    assert END.encode() not in text and len(text) > 2000
+    # The ids begin with END, which nothing predicts. Another END is predicted.
+    end = opened.vocabulary.size - 1
+    ends = sum(int((shard == end).sum()) for shard in opened.val)
+    assert ends >= 2 and n_targets == sum(map(len, opened.val)) - 1
+    assert opened.bits_per_byte(2.5) == pytest.approx(
+        2.5 * n_targets / math.log(2) / len(text), rel=1e-12)
+    assert opened.bits_per_byte(None) is None
+
+
+def test_a_model_that_knows_nothing_needs_the_same_bits_per_byte_with_any_vocabulary(tmp_path):
+    # Bytes at random have no pairs that occur often. A model of the 256 bytes needs 8 bits for
+    # each, and so does one of the pairs of letters that needs 16 for each pair.
+    letters = "".join(random.Random(0).choices("abcdefghijklmnop", k=4000))
+    bits = []
+    for n_letters in (1, 2):
+        folder = tmp_path / str(n_letters)
+        folder.mkdir()
+        words = sorted(map("".join, itertools.product("abcdefghijklmnop", repeat=n_letters)))
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(words), "itos": words}))
+        ids = [words.index(letters[i:i + n_letters]) for i in range(0, len(letters), n_letters)]
+        for name in ("train.bin", "val.bin"):
+            write_tokens(folder / name, np.array(ids))
+        bits.append(open_corpus(str(folder)).bits_per_byte(math.log(len(words))))
+    assert bits == pytest.approx([4, 4], rel=1e-12)
+
+
+def test_the_bytes_of_characters_are_those_of_utf8(folder):
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4, "itos": ["a", "é", "長", "🙂"]}))
+    write_tokens(folder / "train.bin", np.array([0, 1, 2, 3] * 50), 4)
+    write_tokens(folder / "val.bin", np.array([3, 0, 1, 2, 3, 0]), 4)
+    assert open_corpus(str(folder)).bytes_per_token == (1 + 2 + 3 + 4 + 1) / 5
+    meta = {"vocab_size": 5, "itos": ["a", "é", "長", "🙂"]}      # Nobody knows what id 4 is.
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert open_corpus(str(folder)).bits_per_byte(2.) is None
+
+
+def test_every_shard_counts_but_for_its_first_token_in_pieces_of_any_size(tmp_path, monkeypatch):
+    letters = ["a", "é", "長", "🙂"]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4, "itos": letters}))
+    write_tokens(tmp_path / "it_train_0.bin", np.array([0, 1, 2, 3] * 50), 4)
+    shards = [np.arange(9 + i) * 7 % 4 for i in range(3)]
+    for i, ids in enumerate(shards):
+        write_tokens(tmp_path / f"it_val_{i}.bin", ids, 4)
+    predicted = [len(letters[i].encode()) for ids in shards for i in ids[1:]]
+    for chunk in (1, 3, 100):
+        monkeypatch.setattr(facts, "CHUNK_TOKENS", chunk)
+        opened = open_corpus(str(tmp_path))
+        assert opened.bytes_per_token == sum(predicted) / len(predicted)
+
+
+def test_bits_per_byte_are_not_known_where_the_vocabulary_is_not(folder, monkeypatch):
+    def offline(name):
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer.tiktoken, "get_encoding", offline)
+        assert open_corpus(str(folder)).bits_per_byte(3.) is None
+        assert open_corpus(str(folder), 50304).bits_per_byte(3.) is None
+    write_tokens(folder / "train.bin", np.arange(128256), 128256)
+    assert open_corpus(str(folder)).bits_per_byte(3.) is None       # Llama 3's
+    nothing = Corpus("", [], [np.zeros(5, np.uint16)], tokenizer.Own(bpe_of_bytes()), "")
+    assert nothing.bytes_per_token == 1
+    only_ends = dataclasses.replace(nothing, val=[np.full(5, 256, np.uint16)])
+    assert only_ends.bytes_per_token is None
+
+
+def test_of_gpt2s_vocabulary_the_end_of_a_text_has_no_bytes(folder, monkeypatch):
+    # Stands for GPT-2's, which a test cannot download: id i has i % 7 + 1 bytes.
+    gpt2 = types.SimpleNamespace(
+        eot_token=50256, decode_single_token_bytes=lambda i: b"x" * (i % 7 + 1))
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", lambda name: gpt2)
+    ids = np.fromfile(folder / "val.bin", np.uint16, offset=1024).astype(int)
+    ids[[0, 100, 499]] = 50256
+    write_tokens(folder / "val.bin", ids)
+    lengths = np.where(ids == 50256, 0, ids % 7 + 1)[1:]
+    assert open_corpus(str(folder)).bytes_per_token == lengths.sum() / 499
 
 
 # ---- nanoGPT's meta.pkl

@@ -418,7 +418,60 @@ def test_steps_that_a_power_cut_took_from_the_log_come_back_from_the_checkpoint(
     assert log.read_text() == log_text(7) + run.log_resumed(7, {})
 
 
+def older(text):
+    "a log as it was before there were the columns beyond_window and bpb"
+    lines = []
+    for line in text.splitlines(keepends=True):
+        if not line.startswith("#"):
+            line = ",".join(line.rstrip("\n").split(",")[:8]) + "\n"
+        lines.append(line)
+    return "".join(lines)
+
+
+def test_the_log_of_an_older_version_is_gone_on_with_and_gets_the_new_columns(log, capsys):
+    names = "step,loss,val,lr,norm,ms,tokens_per_s,mfu"
+    log.write_text(older(log_text(9)))
+    assert names + "\n1,4.900000,,1.000000e-03,1.250000,10.5,205,n/a\n2," in log.read_text()
+    run.resume_log(str(log), "", [step(number) for number in range(1, 7)], {})
+    assert log.read_text() == log_text(6) + run.log_resumed(6, {})
+    assert os.listdir(log.parent) == ["log.csv"] and capsys.readouterr().out == ""
+    with open(log, "a") as file:
+        file.write(run.log_row(step(7, val=4.5)._replace(bpb=1.23456)))
+    assert [row.bpb for row in run.read_log(log).history] == [None] * 6 + [1.2346]
+    # One column is missing, and the steps are others.
+    lines = log_text(9).replace(",bpb", "").replace(",n/a,,", ",n/a,")
+    log.write_text(lines.replace("4.7", "4.6"))
+    run.resume_log(str(log), log_text(0), [step(1), step(2), step(3)], {})
+    assert (log.parent / "log.csv.1").exists()
+
+
 # ---- the log is read
+
+def test_an_older_log_and_an_older_checkpoint_have_no_bits_per_byte():
+    text = log_text(0) + run.log_row(step(1, val=4.5)._replace(bpb=1.5)) + run.log_row(step(2))
+    assert run.parse_log(text).bpb == 1.5
+    assert [row.bpb for row in run.parse_log(text).history] == [1.5, None]
+    found = run.parse_log(older(text))
+    assert found.vals == [4.5] and found.bpb is None and found.history[0] == step(1, 4.5)._replace(
+        tokens_per_s=205)
+    for n_fields in (8, 9, 10):         # A checkpoint keeps each step as a tuple.
+        assert Step(*tuple(step(1, 4.5))[:n_fields]) == step(1, 4.5)
+    assert run.parse_log(log_text(2)).bpb is None
+
+
+def test_a_step_that_was_evaluated_is_printed_with_its_bits_per_byte():
+    bar = types.SimpleNamespace(disable=True, write=lambda text: printed.append(text),
+                                set_postfix_str=lambda *args, **kwargs: None,
+                                update=lambda: None)
+    printed = []
+    for row in (step(35, 4.5)._replace(bpb=1.23456), step(36, 4.5), step(37)):
+        run.show_step(bar, row, 350)
+    assert [line.split("  lr")[0] for line in printed] == [
+        "step    35/350  loss 1.5000  val 4.5000  bpb 1.2346",
+        "step    36/350  loss 1.4000  val 4.5000  bpb n/a   ",
+        "step    37/350  loss 1.3000  val         bpb       ",
+    ]
+
 
 def test_a_run_with_a_validation_loss_that_is_not_finite_has_ended_and_diverged(log):
     for val in (math.nan, math.inf):

@@ -17,11 +17,12 @@ import torch
 import fp4
 import quartet
 from data import prepare, tokens
+from data.corpus import open_corpus
 from data.files import UserError
 from model import PRESETS, Llama, ModelConfig, count_params
 from test_model import doubled, losses_by_hand
 from tools import machine
-from tools.run import Step
+from tools.run import Step, read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BRIEF = ("--sample_tokens", 5)
@@ -499,8 +500,24 @@ def test_the_log_says_what_made_it(run, tmp_path):
     assert [line.split()[1] for line in lines[:5]] == ["commit", "config", "device", "fp4", "data"]
     assert '"precision": "fp4"' in lines[1]
     assert '"train_tokens": ' in lines[4]
-    assert lines[5] == "step,loss,val,lr,norm,ms,tokens_per_s,mfu,beyond_window"
-    assert lines[6].split(",")[-2].endswith("%" if "H100" in lines[2] else "n/a")
+    assert lines[5] == "step,loss,val,lr,norm,ms,tokens_per_s,mfu,beyond_window,bpb"
+    assert lines[6].split(",")[7].endswith("%" if "H100" in lines[2] else "n/a")
+
+
+def test_an_evaluation_is_in_bits_per_byte_of_the_validation_text_too(run, corpus, tmp_path):
+    _, _, out = run("--steps", 4, "--name", "r", "--eval_every", 2, *BRIEF)
+    opened = open_corpus(corpus)
+    ids = [i for shard in opened.val for i in shard[1:].tolist()]
+    n_bytes = len(opened.vocabulary.encoding.decode_bytes([i for i in ids if i != 319]))
+    found = read_log(tmp_path / "r" / "log.csv")
+    expected = [row.val and row.val * len(ids) / math.log(2) / n_bytes for row in found.history]
+    assert [value is None for value in expected] == [True, False, True, False]
+    assert [row.bpb for row in found.history] == [
+        value and pytest.approx(value, abs=5.1e-5) for value in expected]
+    last = expected[-1]
+    assert f"val {found.vals[-1]:.4f}  bpb {last:.4f}  lr" in out
+    assert f"r: final val loss {found.vals[-1]:.4f}, {last:.4f} bits per byte; " in out
+    assert [Step(*row).bpb for row in state(tmp_path / "r")["history"]] == pytest.approx(expected)
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another(run, tmp_path):

@@ -142,7 +142,7 @@ def test_the_log_has_the_blocks_beyond_the_window_of_a_million():
     row = run.Step(1, 2., 3., 1e-3, 1., 5., 100., "n/a", 12.345)
     text = run.log_head(dict(precision="fp4", name="a", size="tiny", data="stdlib", seed=0,
                              batch=1, seq=32), "cpu", "none") + run.log_row(row)
-    assert text.splitlines()[-2].endswith(",mfu,beyond_window")
+    assert text.splitlines()[-2].endswith(",mfu,beyond_window,bpb")
     assert run.parse_log(text).history[-1].beyond_window == 12.35
     without = run.log_row(row._replace(beyond_window=None))
     assert run.parse_log(text + without.replace("1,", "2,", 1)).history[-1].beyond_window is None

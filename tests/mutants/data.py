@@ -34,6 +34,14 @@ META_REFUSED = (
     "tests/test_corpus.py::test_a_meta_that_is_no_plain_data_is_refused_and_never_executed")
 FINGERPRINT = (
     "tests/test_corpus.py::test_the_fingerprint_tells_contents_apart_and_nothing_else")
+BITS_PER_BYTE = (
+    "tests/test_corpus.py::"
+    "test_bits_per_byte_are_the_loss_of_all_predicted_tokens_over_the_bytes_of_their_text")
+SHARDS_BYTES = (
+    "tests/test_corpus.py::"
+    "test_every_shard_counts_but_for_its_first_token_in_pieces_of_any_size")
+NOT_KNOWN_BYTES = (
+    "tests/test_corpus.py::test_bits_per_byte_are_not_known_where_the_vocabulary_is_not")
 READ_ONCE = "tests/test_corpus.py::test_a_token_file_is_read_once_until_it_changes"
 OTHER_TYPES = "tests/test_corpus.py::test_tokens_of_another_type_are_noticed"
 REAL_TOKENS = "tests/test_corpus.py::test_real_tokens_are_never_taken_for_another_type"
@@ -585,6 +593,47 @@ OPENED = [
            '"vocabulary": self.vocabulary.fingerprint,',
            '"vocabulary": self.fingerprint,',
            "tests/test_corpus.py::test_the_identity_of_a_corpus_tells_its_tokens_and_vocabulary"),
+    Mutant("the first token of a shard, which nothing predicts, has bytes",
+           "data/corpus.py",
+           "predicted = shard[1:]",
+           "predicted = shard",
+           SHARDS_BYTES),
+    Mutant("of each shard only the first piece has bytes",
+           "data/corpus.py",
+           "for start in range(0, len(predicted), facts.CHUNK_TOKENS):",
+           "for start in range(0, 1):",
+           SHARDS_BYTES),
+    Mutant("bits per byte are nats per byte",
+           "data/corpus.py",
+           "loss / math.log(2) / self.bytes_per_token",
+           "loss / self.bytes_per_token",
+           BITS_PER_BYTE),
+    Mutant("bits per byte are bits times the bytes of a token",
+           "data/corpus.py",
+           "loss / math.log(2) / self.bytes_per_token",
+           "loss / math.log(2) * self.bytes_per_token",
+           "tests/test_corpus.py::"
+           "test_a_model_that_knows_nothing_needs_the_same_bits_per_byte_with_any_vocabulary"),
+    Mutant("where the vocabulary is not known a token is a byte",
+           "data/corpus.py",
+           "        except UserError:\n            return None\n",
+           "        except UserError:\n            return 1\n",
+           NOT_KNOWN_BYTES),
+    Mutant("a text without bytes is divided by",
+           "data/corpus.py",
+           "return n_bytes / n_tokens if n_bytes else None",
+           "return n_bytes / n_tokens",
+           NOT_KNOWN_BYTES),
+    Mutant("the end of a text has as many bytes as its name",
+           "data/tokenizer.py",
+           "        lengths[self.encoding.eot_token] = 0\n",
+           "",
+           BITS_PER_BYTE),
+    Mutant("a character is a byte",
+           "data/tokenizer.py",
+           'len(self.strings[i].encode(errors="replace"))',
+           "len(self.strings[i])",
+           "tests/test_corpus.py::test_the_bytes_of_characters_are_those_of_utf8"),
     Mutant("the validation text is trained on",
            "data/corpus.py",
            "return Corpus(folder, train, val, vocabulary, fingerprint)",

@@ -37,7 +37,7 @@ MUTANTS = [
            "fp4/window.py", " if layer.weight.is_cuda else None", "",
            TESTS + "test_a_cpu_has_no_window_and_the_model_does_not_run"),
     Mutant("the log does not hold the column",
-           "tools/run.py", ",{row.mfu},{beyond}", ",{row.mfu},",
+           "tools/run.py", '        "beyond_window": in_cell(row.beyond_window, ".2f"),\n', "",
            TESTS + "test_the_log_has_the_blocks_beyond_the_window_of_a_million"),
 
     Mutant("a survivor is called killed",
