@@ -351,11 +351,13 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
 
             is_evaluated = done % eval_every == 0 or done == steps
             val = round(evaluate(forward, corpus, cfg), 4) if is_evaluated else None
+            bpb = corpus.bits_per_byte(val)
             beyond = fp4.blocks_beyond_window(model, x, y) if is_evaluated else None
             speed = cfg.batch * cfg.seq / seconds
             flops = speed * model.config.flops_per_token(cfg.seq) / processes.size()
             mfu = machine.utilisation(cfg.device, flops)
-            history.append(run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu, beyond))
+            history.append(
+                run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu, beyond, bpb))
             log.write(run.log_row(history[-1]))
             if is_evaluated or is_late or stop.is_asked:
                 save(cfg, corpus, model, optimizer, history, log)

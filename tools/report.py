@@ -65,7 +65,9 @@ def finish(cfg, history, spent):
     # This is written last: nothing is done any more to a run that is finished.
     with open(log_path(cfg.folder), "a") as log:
         log.write(log_end(spent.memory, spent.energy))
-    print(f"\n{cfg.name}: final val loss {history[-1].val:.4f}; {', '.join(files)}")
+    last = history[-1]
+    bpb = "n/a" if last.bpb is None else f"{last.bpb:.4f}"
+    print(f"\n{cfg.name}: final val loss {last.val:.4f}, {bpb} bits per byte; {', '.join(files)}")
 
 
 def check_one_corpus(runs):
@@ -106,6 +108,7 @@ class Row(NamedTuple):
     early: Gap                          # at that step, to fp4 or else to the first row
     tokens_per_s: Optional[float]       # median of all steps of the runs that shared no machine
     memory: str                         # peak memory
+    bpb: Optional[float] = None         # val as bits per byte of text
 
 
 class Table(NamedTuple):
@@ -210,6 +213,7 @@ def make_row(name, seeds, step, to_base, to_fp4, closed, early):
     good = [run for run in seeds.values() if not run.diverged]
     alone = [run for run in seeds.values() if not shares_machine(run)]
     speeds = [row.tokens_per_s for run in alone for row in run.history]
+    bpbs = [run.bpb for run in good]
     return Row(
         run=name,
         seeds=len(seeds),
@@ -222,6 +226,7 @@ def make_row(name, seeds, step, to_base, to_fp4, closed, early):
         early=early,
         tokens_per_s=statistics.median(speeds) if speeds else None,
         memory=next((run.memory for run in seeds.values() if run.memory), ""),
+        bpb=statistics.mean(bpbs) if bpbs and None not in bpbs else None,
     )
 
 
@@ -355,6 +360,8 @@ def make_columns(table, several_seeds):
     if several_seeds:
         yield "seeds", [str(row.seeds) for row in rows]
     yield "val loss", [format_val(row, several_seeds) for row in rows]
+    if any(row.bpb is not None for row in rows):
+        yield "bits per byte", ["" if row.bpb is None else f"{row.bpb:.4f}" for row in rows]
     yield f"gap to {rows[0].run}", [format_gap(row.gap) for row in rows]
     if any(row.to_fp4.mean is not None for row in rows):
         yield "gap to fp4", [format_gap(row.to_fp4) for row in rows]

@@ -206,6 +206,10 @@ class Step(NamedTuple):
     mfu: str = "n/a"                    # model FLOPs utilisation
     # Of a million blocks of 32, how many FP8 had to round; None: not counted, or not in FP8.
     beyond_window: Optional[float] = None
+    bpb: Optional[float] = None         # val as bits per byte of text; None: not known
+
+
+COLUMNS = Step._fields                  # of the table
 
 
 def log_head(config, device_name, backend_description, corpus=None):
@@ -219,9 +223,13 @@ def log_head(config, device_name, backend_description, corpus=None):
         f"# device {device_name}",
         f"# fp4 {backend_description}",
         *([f"# data {json.dumps(corpus)}"] if corpus else []),
-        ",".join(Step._fields),
     ]
-    return "".join(line + "\n" for line in lines)
+    return "".join(line + "\n" for line in lines) + log_columns()
+
+
+def log_columns():
+    """The line of log.csv that names the columns of its table."""
+    return ",".join(COLUMNS) + "\n"
 
 
 @functools.cache
@@ -269,12 +277,26 @@ def git(folder, *arguments):
     return done.stdout if done.returncode == 0 else ""
 
 
-def log_row(row):
-    """One Step as a line of log.csv."""
-    val = "" if row.val is None else f"{row.val:.4f}"
-    beyond = "" if row.beyond_window is None else f"{row.beyond_window:.2f}"
-    return (f"{row.step},{row.loss:.6f},{val},{row.lr:.6e},{row.norm:.6f},{row.ms:.1f},"
-            f"{row.tokens_per_s:.0f},{row.mfu},{beyond}\n")
+def log_row(row, columns=COLUMNS):
+    """One Step as a line of log.csv, whose table may lack the latest columns."""
+    cells = {
+        "step": str(row.step),
+        "loss": f"{row.loss:.6f}",
+        "val": in_cell(row.val, ".4f"),
+        "lr": f"{row.lr:.6e}",
+        "norm": f"{row.norm:.6f}",
+        "ms": f"{row.ms:.1f}",
+        "tokens_per_s": f"{row.tokens_per_s:.0f}",
+        "mfu": row.mfu,
+        "beyond_window": in_cell(row.beyond_window, ".2f"),
+        "bpb": in_cell(row.bpb, ".4f"),
+    }
+    return ",".join(cells.get(name, "") for name in columns) + "\n"
+
+
+def in_cell(value, form):
+    """A number as the text of a cell, which is empty for None."""
+    return "" if value is None else format(value, form)
 
 
 def show_step(bar, row, steps):
@@ -285,10 +307,11 @@ def show_step(bar, row, steps):
     steps   length of the run
     """
     if bar.disable or row.val is not None:
-        val = "" if row.val is None else f"{row.val:.4f}"
-        bar.write(f"step {row.step:5d}/{steps}  loss {row.loss:.4f}  val {val:6}  lr {row.lr:.2e}  "
-                  f"norm {row.norm:5.2f}  {row.ms:6.0f} ms  {row.tokens_per_s:9,.0f} tok/s  "
-                  f"MFU {row.mfu}")
+        val = in_cell(row.val, ".4f")
+        bpb = in_cell(row.bpb, ".4f") or ("n/a" if val else "")
+        bar.write(f"step {row.step:5d}/{steps}  loss {row.loss:.4f}  val {val:6}  bpb {bpb:6}  "
+                  f"lr {row.lr:.2e}  norm {row.norm:5.2f}  {row.ms:6.0f} ms  "
+                  f"{row.tokens_per_s:9,.0f} tok/s  MFU {row.mfu}")
     bar.set_postfix_str(f"loss {row.loss:.4f}", refresh=False)
     bar.update()
 
@@ -326,8 +349,7 @@ def resume_log(path, head, history, changed):
     history   the list of Steps in the checkpoint
     changed   what changes() returns for the settings of the checkpoint and the present ones
     """
-    rows = [log_row(row) for row in history]
-    lines = lines_so_far(path, rows)
+    lines = lines_so_far(path, history)
     if lines is None:
         if os.path.lexists(path):
             other = free_name(path)
@@ -335,13 +357,15 @@ def resume_log(path, head, history, changed):
             print(f"{path} is not the log of this checkpoint and is now {other}")
         lines = [head]
     n_known = sum(is_row(line) for line in lines)
-    text = "".join([*lines, *rows[n_known:], log_resumed(len(rows), changed)])
+    missing = [log_row(row) for row in history[n_known:]]
+    text = "".join([*lines, *missing, log_resumed(len(history), changed)])
     atomic_write_text(path, text)
 
 
 def lines_so_far(path, rows):
     """
-    The lines of a log up to the last of these rows, or as far as they are there.
+    The lines of a log up to the last of these rows, or as far as they are there. Columns that an
+    older log lacks are added.
 
     None if it is not a log, or if its rows are others.
     """
@@ -350,6 +374,7 @@ def lines_so_far(path, rows):
         parse_log(text)
     except (OSError, ValueError):
         return None
+    columns = COLUMNS
     lines = []
     n_known = 0
     for line in text.splitlines(keepends=True):
@@ -357,11 +382,15 @@ def lines_so_far(path, rows):
             is_cut = not line.endswith("\n")
             if n_known == len(rows) or is_cut:
                 break
-            if line != rows[n_known]:
+            if line != log_row(rows[n_known], columns):
                 return None
+            line = log_row(rows[n_known])
             n_known += 1
         elif n_known == len(rows) > 0:
             break
+        elif not line.startswith("#"):
+            columns = line.rstrip("\n").split(",")
+            line = log_columns()
         lines.append(line)
     return lines
 
@@ -390,6 +419,11 @@ class Run(NamedTuple):
     def vals(self):
         """All validation losses, in order."""
         return [row.val for row in self.history if row.val is not None]
+
+    @property
+    def bpb(self):
+        """The last validation loss as bits per byte of text, or None."""
+        return next((row.bpb for row in reversed(self.history) if row.val is not None), None)
 
     @property
     def not_finite(self):
@@ -484,10 +518,17 @@ def parse_row(fields):
     """A line of the table as a Step. A norm that is not finite makes the loss NaN."""
     norm = float(fields["norm"])
     loss = float(fields["loss"]) if math.isfinite(norm) else math.nan
-    val = float(fields["val"]) if fields["val"] else None
-    beyond = fields.get("beyond_window")        # An older log does not have this column.
+    val = from_cell(fields["val"])
+    # An older log does not have these two columns.
+    beyond = from_cell(fields.get("beyond_window"))
+    bpb = from_cell(fields.get("bpb"))
     return Step(int(fields["step"]), loss, val, float(fields["lr"]), norm, float(fields["ms"]),
-                float(fields["tokens_per_s"]), fields["mfu"], float(beyond) if beyond else None)
+                float(fields["tokens_per_s"]), fields["mfu"], beyond, bpb)
+
+
+def from_cell(text):
+    """The number in a cell, or None if that is empty or missing."""
+    return float(text) if text else None
 
 
 def split_logs(text):
