@@ -9,6 +9,7 @@ from fp4 import reference
 from fp4.backend import swizzle_scales
 from fp4.ops import Packed
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # stochastic, and the sign orders of x and of x.T
 SIGN_ORDERS = [("before", "before"), ("after", "none"), ("none", "after")]
 HOW_BACKWARD = [(stochastic, *orders) for stochastic in (False, True) for orders in SIGN_ORDERS]

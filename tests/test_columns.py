@@ -12,7 +12,8 @@ from fp4.emulate import columns, matmul, quantizers
 from fp4.ops import Packed
 from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec, validate
 from operands import (
-    at_every_size, at_the_edge_of_a_scale, every_scale_byte, random_at_sizes, same, ugly_values)
+    DEVICES, at_every_size, at_the_edge_of_a_scale, every_scale_byte, random_at_sizes, same,
+    ugly_values)
 from test_baselines import layer_passes, make_data, run_passes
 
 WORDS = torch.tensor([0x5DA94F3671C8E2B5, -0x123456789ABCDEF1, 77, 2 ** 63 - 3])
@@ -312,6 +313,7 @@ def test_torch_sees_the_shapes_and_dtypes_that_the_ops_return(spec):
     (dict(x=torch.ones(4, 40)), "the last dimension must be a multiple of 16, got 40"),
     (dict(x=torch.ones(64, 4).T), "x must be a contiguous float32 or bfloat16 matrix"),
     (dict(x=torch.ones(4, 64).half()), "x must be a contiguous float32 or bfloat16 matrix"),
+    (dict(x=torch.ones(0, 64)), "x must not be empty"),
     (dict(factor=torch.ones(3, 1)), "factor must be [1, 1] or [4, 1], got [3, 1]"),
     (dict(signs=None), "signs is missing"),
     (dict(signs=WORDS), "signs must have 2 element(s), got 4"),
@@ -522,6 +524,23 @@ def test_a_layer_on_kernels_has_the_bytes_of_one_without(name, dtype, monkeypatc
     monkeypatch.setattr(columns, "ops", {})
     monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
     same(passes(), on_kernels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("on_kernels", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layer_that_is_given_no_tokens_has_gradients_of_zero(
+        name, on_kernels, device, monkeypatch):
+    if not on_kernels:
+        monkeypatch.setattr(columns, "ops", {})
+        monkeypatch.setattr(columns, "has_kernel", lambda spec, square: False)
+    torch.full((1000,), torch.nan, device=device)       # Memory that is used again is no zero.
+    layer = fp4.Linear(64, 96, ROWS[name]).to(device)
+    x = torch.zeros(0, 64, device=device, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 96) and x.grad.shape == (0, 64)
+    assert torch.equal(layer.weight.grad, torch.zeros(96, 64, device=device))
 
 
 @pytest.mark.parametrize("name, has_kernel", [

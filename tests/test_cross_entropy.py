@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 import fp4
 from fp4 import cross_entropy
+from operands import DEVICES
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 M, K, V = 70, 24, 45
 # How many logits a chunk may have: all, 16 tokens' worth, which leaves a last chunk of 6, and less
 # than one token's.

@@ -12,7 +12,7 @@ from fp4 import ops, reference, toolchain
 from fp4.backend import swizzle_scales
 from fp4.ops import Packed
 from operands import (
-    ALPHA, HOW_BACKWARD, at_every_size, at_the_edge_of_a_scale, error_of_a_sum,
+    ALPHA, DEVICES, HOW_BACKWARD, at_every_size, at_the_edge_of_a_scale, error_of_a_sum,
     every_bfloat16_and_the_neighbours_of_midpoints, every_scale_byte, random_at_sizes,
     random_packed, same, same_scale_tiles, same_tiles, tiles_of)
 from test_reference import philox_of_a_seed
@@ -21,7 +21,6 @@ BACKEND = fp4.build()
 pytestmark = pytest.mark.skipif(not BACKEND.is_compiled, reason="no compiler on this machine")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SHAPES = [(1, 32), (3, 96), (33, 160), (64, 32), (31, 1024), (100, 544)]
 
 

@@ -244,12 +244,23 @@ def quantize_operand(
                 int32 [R, K padded / 32] or [0]. Packed: codes uint8 [R, K padded / 2] and scales
                 uint8 [R, K padded / 32] instead; in tiles as ops.operand_shapes says
     """
+    number = FORMATS.index(operand_format)
+    if matrix.numel() == 0:
+        return quantize_nothing(spec, matrix, scales, transposed, dtype, number)
     compiled = ops.get(columns_name(spec, square))
     if compiled is None:
         return quantize_by_definition(
             matrix, scales, factor, signs, seed, transposed, dtype, spec, square)
-    return compiled.quantize(matrix.contiguous(), scales, factor, signs, seed, transposed, dtype,
-                             FORMATS.index(operand_format))
+    return compiled.quantize(
+        matrix.contiguous(), scales, factor, signs, seed, transposed, dtype, number)
+
+
+def quantize_nothing(spec, x, x_scales, transposed, dtype, operand_format):
+    """Returns what quantising an empty matrix gives: nothing, and 1 for each factor. So a layer
+    that is given no tokens has gradients of zero."""
+    values, scales, factor, mask = quantized_shapes(
+        spec, x, x_scales, transposed, dtype, operand_format)
+    return values, scales, torch.ones_like(factor), mask
 
 
 def unrotate(product, left, right, mask, signs, dtype, spec):

@@ -86,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
     ScalarType dtype,
     int64_t operand_format) {
   const auto [memory_rows, memory_columns] = check_source(x, x_scales, transposed);
+  CHECK(x.numel() > 0, "x must not be empty");
   if (factor)
     check_factor(x, *factor, "factor", memory_rows);
   const bool packs = dtype == ScalarType::Byte;
