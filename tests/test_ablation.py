@@ -145,20 +145,35 @@ def test_a_gap_is_the_mean_over_pairs_with_one_seed_and_stands_beside_half_its_i
 
 
 @pytest.mark.parametrize("of_fp4, is_shown", [([.10, .11, .12], True), ([.08, .11, .14], False)])
-def test_the_share_of_fp4_s_gap_that_a_row_closes_is_shown_where_that_gap_is_well_known(
+def test_the_share_of_fp4_s_gap_that_a_row_closes_is_shown_where_both_gaps_are_known(
         of_fp4, is_shown, tmp_path):
-    found = report.table(three_seeds(tmp_path, {"fp4": of_fp4, "fp4 nearest": [.08, .085, .09]}))
+    gaps = {"fp4": of_fp4, "fp4 nearest": [.08, .085, .09], "fp8": [.01, .02, .0],
+            "quartet2": [.10, .12, .11]}
+    found = report.table(three_seeds(tmp_path, gaps))
     cells = table(report.text(found))
-    assert ("closed" in cells["fp4-nearest"]) == is_shown
+    assert ("gap closed" in cells["fp4"]) == is_shown
     assert ("Fieller's theorem" in " ".join(report.text(found).split())) == is_shown
-    row = dict(zip(report.csv_columns(), report.csv_fields(found.rows[2])))
-    assert set(row) >= {"closed", "closed_low", "closed_high"}
-    if is_shown:                        # by hand: 0.025 of 0.11, and a parabola's roots
-        assert cells["fp4"]["closed"] == cells["bf16"]["closed"] == ""
-        assert cells["fp4-nearest"]["closed"] == "23 % (15 to 28)"
-        assert row["closed"] == "0.22727273"
+    rows = {row[0]: dict(zip(report.csv_columns(), row)) for row in map(report.csv_fields,
+                                                                       found.rows)}
+    if is_shown:                        # by hand: (0.025 +- 4.303 * 0.005 / 3 ** .5) / 0.11
+        assert cells["fp4-nearest"]["gap closed"] == "23 % (11 to 34)"
+        assert rows["fp4-nearest"]["closed"] == "0.22727273"
+        assert cells["fp4"]["gap closed"] == cells["bf16"]["gap closed"] == ""
+        assert cells["quartet2"]["gap closed"] == ""            # not told apart from fp4
     else:
+        row = rows["fp4-nearest"]
         assert row["closed"] == row["closed_low"] == row["closed_high"] == ""
+
+
+def test_the_interval_of_a_share_is_no_narrower_than_that_of_its_gap(tmp_path):
+    # Three seeds that agree by chance, beside rows of which the pool knows how seeds scatter.
+    gaps = {"fp4": [.10, .101, .099], "fp4 nearest": [.07, .0707, .0693],
+            "fp4-sr": [.10, .11, .10], "fp4-original": [.11, .10, .10]}
+    found = report.table(three_seeds(tmp_path, gaps))
+    row = next(row for row in found.rows if row.run == "fp4-nearest")
+    assert row.to_fp4.half > 3 * row.to_fp4.own and row.closed.mean == pytest.approx(.3)
+    assert row.closed.low == pytest.approx(.3 - row.to_fp4.half / .1)
+    assert row.closed.high == pytest.approx(.3 + row.to_fp4.half / .1)
 
 
 def test_the_two_ends_of_a_run_are_compared_each_with_its_own_losses(tmp_path):

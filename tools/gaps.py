@@ -190,12 +190,12 @@ def pooled_gap(gap, pool):
 
 def share_closed(row, reference, base):
     """
-    The Share of the gap from base to reference by which a row ends below the reference. Each is
-    {seed: loss}.
+    The Share gain / gap, of the means over the seeds of gain = reference - row and gap = reference
+    - base. Each argument is {seed: loss}.
 
-    Both parts of this fraction are uncertain, and not independent of each other. By Fieller's
-    theorem, the interval has each share for which gain - share x gap, seed by seed, is not told
-    apart from zero by Student's t. Where the gap is not either, there is no such interval.
+    Both parts of this fraction are uncertain, and not independent of each other. The interval is
+    Fieller's: it has each share for which the mean of gain - share x gap may be zero, by Student's
+    t. There is none if the mean of the gap may be zero as well.
     """
     seeds = [seed for seed in row if seed in reference and seed in base]
     gains = np.array([reference[seed] - row[seed] for seed in seeds])

@@ -144,7 +144,7 @@ def gaps_at_end(groups, base, reference):
     closed = {}
     if reference != base:
         to_fp4 = gaps_to(reference, final | {base: {}}, pool)    # base has it as a gap to base
-        closed = shares_closed(base, final, to_base["fp4"])
+        closed = shares_closed(base, final, to_base["fp4"], to_fp4)
     return pool, {name: (to_base.get(name, Gap()), to_fp4.get(name, Gap()),
                          closed.get(name, Share())) for name in groups}
 
@@ -168,15 +168,23 @@ def is_variant(run):
     return is_fp4 and RECIPES[precision].forward and run.config.get("forward") != "off"
 
 
-def shares_closed(base, final, gap):
-    """{label: Share} of the gap from base to fp4 that the other rows close.
+def shares_closed(base, final, gap, to_fp4):
+    """{label: Share} of the gap from base to fp4 that rows close, where they end elsewhere than fp4.
 
-    Nothing unless that gap is known to a third of itself: a share of a vague gap says nothing.
+    gap     from base to fp4. Nothing unless it is known to a third of itself: a share of a vague
+            gap says nothing
+    to_fp4  {label: Gap}. An interval is at least as wide as that of this gap, which may be pooled
     """
     if gap.half is None or gap.mean < 3 * gap.half:
         return {}
-    return {name: share_closed(losses, final["fp4"], final[base])
-            for name, losses in final.items() if name not in (base, "fp4")}
+    shares = {}
+    for name, to in to_fp4.items():
+        if to.is_told_apart:
+            share = share_closed(final[name], final["fp4"], final[base])
+            low = (-to.mean - to.half) / gap.mean
+            high = (-to.mean + to.half) / gap.mean
+            shares[name] = Share(share.mean, min(share.low, low), max(share.high, high))
+    return shares
 
 
 def final_losses(groups):
@@ -366,7 +374,7 @@ def make_columns(table, several_seeds):
     if any(row.to_fp4.mean is not None for row in rows):
         yield "gap to fp4", [format_gap(row.to_fp4) for row in rows]
     if any(row.closed.mean is not None for row in rows):
-        yield "closed", [format_closed(row.closed) for row in rows]
+        yield "gap closed", [format_closed(row.closed) for row in rows]
     yield secondary(table), [format_early(row.early) for row in rows]
     if any(row.tokens_per_s is not None for row in rows):
         yield "tokens/s", [format_speed(row.tokens_per_s) for row in rows]
@@ -477,8 +485,11 @@ def about_power(pool):
 
 def about_closed(base):
     """What the column of closed shares says."""
-    return (f"closed: how far a row ends below fp4, as a share of the gap from {base} to fp4, and "
-            "its 95 % interval from the row's own seeds (Fieller's theorem: both are uncertain).")
+    return (f"gap closed: how far a row ends below fp4, as a share of the gap from {base} to fp4, "
+            "with its 95 % interval (Fieller's theorem, because both are uncertain; at least as "
+            "wide as that of the gap to fp4). It is there for rows that are told apart from fp4. "
+            "It is not corrected for the number of rows: after a search, trust it where the gap "
+            "has `*`.")
 
 
 def about_secondary(table):

@@ -22,7 +22,13 @@ MUTANTS = [
            "gap.mean < 3 * gap.half",
            "gap.mean < gap.half",
            "tests/test_ablation.py::test_the_share_of_fp4_s_gap_that_a_row_closes_is_shown_where_"
-           "that_gap_is_well_known"),
+           "both_gaps_are_known"),
+    Mutant("a share is known better than its gap",
+           "tools/report.py",
+           "min(share.low, low), max(share.high, high)",
+           "share.low, share.high",
+           "tests/test_ablation.py::test_the_interval_of_a_share_is_no_narrower_than_that_of_its_"
+           "gap"),
     # What a gap is, and its interval.
     Mutant("Student's t has one degree of freedom too many",
            "tools/gaps.py",
