@@ -277,7 +277,7 @@ def train(cfg):
             processes.by_rank_0(lambda: run.set_aside(cfg.folder))
         with processes.held_by_rank_0(run.lock(cfg.folder)):
             history = begin(cfg, corpus, model, optimizer)
-            announce(cfg, model, steps)
+            announce(cfg, corpus, model, steps)
             with energy.of_run(cfg, history) as spent:
                 train_steps(cfg, corpus, model, optimizer, history, steps)
             finish(cfg, model, corpus, history, spent)
@@ -412,12 +412,13 @@ def backend_description(model):
     return model.backend.description if model.backend else "not used"
 
 
-def announce(cfg, model, steps):
+def announce(cfg, corpus, model, steps):
     n_params = model.config.n_params
     n_others = sum(p.numel() for p in model.parameters()) - n_params
     print(f"{cfg.name}: {n_params:,} parameters and {n_others:,} in embedding and head; "
-          f"{steps:,} steps of {cfg.batch * cfg.seq:,} tokens; {cfg.dtype} on "
-          f"{machine.describe(cfg.device, processes.size())}; fp4: {backend_description(model)}")
+          f"{steps:,} steps of {cfg.batch * cfg.seq:,} tokens of {corpus.token_in_words}; "
+          f"{cfg.dtype} on {machine.describe(cfg.device, processes.size())}; "
+          f"fp4: {backend_description(model)}")
 
 
 def save(cfg, corpus, model, optimizer, history, log):

@@ -55,6 +55,12 @@ class Corpus:
                 n_bytes += int(lengths[predicted[start:start + facts.CHUNK_TOKENS]].sum())
         return n_bytes / n_tokens if n_bytes else None
 
+    @property
+    def token_in_words(self):
+        if self.bytes_per_token is None:
+            return "an unknown number of bytes (no bits per byte)"
+        return f"{self.bytes_per_token:.2f} bytes"
+
     def bits_per_byte(self, loss):
         """
         Returns a validation loss, in nats a token, as the bits that the model needs to encode a

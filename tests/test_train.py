@@ -514,6 +514,7 @@ def test_an_evaluation_is_in_bits_per_byte_of_the_validation_text_too(run, corpu
     assert [value is None for value in expected] == [True, False, True, False]
     assert [row.bpb for row in found.history] == [
         value and pytest.approx(value, abs=5.1e-5) for value in expected]
+    assert f" tokens of {n_bytes / len(ids):.2f} bytes; " in out
     last = expected[-1]
     assert f"val {found.vals[-1]:.4f}  bpb {last:.4f}  lr" in out
     assert f"r: final val loss {found.vals[-1]:.4f}, {last:.4f} bits per byte; " in out
