@@ -169,7 +169,7 @@ def is_variant(run):
 
 
 def shares_closed(base, final, gap, to_fp4):
-    """{label: Share} of the gap from base to fp4 that rows close, where they end elsewhere than fp4.
+    """{label: Share} of the gap from base to fp4 that rows close which are told apart from fp4.
 
     gap     from base to fp4. Nothing unless it is known to a third of itself: a share of a vague
             gap says nothing

@@ -47,7 +47,6 @@ from tools.run import (LENGTHS, label, parse_log, read_text, resumed_otherwise, 
                        thin_log)
 
 
-
 class Study(NamedTuple):
     """Runs that are compared with each other."""
     question: str                       # and how it will be answered, as README.md says it
@@ -192,7 +191,7 @@ def finished_logs(paths):
         try:
             logs = split_logs(read_text(path))
             check(logs, "not a log of quartet.py")
-            # The tables are made of what is kept, so that study.csv alone gives the same.
+            # The tables are made of what is kept, so that studies/NAME.csv alone gives the same.
             kept |= {name: thin_log(log) for name, log in finished(path, logs)}
         except (UserError, OSError, ValueError) as error:
             print(f"left out: {path}: {error}")

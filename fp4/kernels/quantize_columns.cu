@@ -5,7 +5,7 @@ has its 32 values in registers from the load to the store.
 A CUDA block makes a tile of the operand, 64 rows of 128 values. A matrix that lies in memory as it
 is needed is read directly. Of a transposed one, the tile goes through shared memory: it is copied
 there in whole rows of the matrix, and read from there in columns. A packed matrix is unpacked on
-the way into shared memory. Nothing is written but the results.
+the way into shared memory. Only the results are written, and a few sums for a factor.
 
     quantize_kernel     load, rotate, find scales, round, store
     largest_kernel      load, rotate, find the largest magnitude: the pass before it, for NVFP4
@@ -257,7 +257,8 @@ __device__ void store_block(
   store(target + 32 * block, v);
 }
 
-// A CUDA block makes half of a tile of FP8. It writes zeros beyond the operand, too.
+// Two CUDA blocks make one of the tiles of 128 x 128 that the FP8 product reads. They write zeros
+// beyond the operand, too.
 template <bool right>
 __device__ void store_tiles(
     Fp8Tiles<right> target,
