@@ -23,7 +23,7 @@ from functools import partial
 
 from data import signals
 from data.files import UserError, check, checked
-from fp4.recipes import AXES, RECIPES, recipe
+from fp4 import AXES, RECIPES, recipe
 from tools import cli, run              # the command line; the log and the lock of a run
 from tools.cli import flag
 
@@ -97,7 +97,7 @@ class Settings:
     sample: str = flag(None, "do not train: continue this text with the run's checkpoint")
     sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
 
-    # Changes to the precision's row, which fp4/recipes.py explains: five columns, with one value or
+    # Changes to the precision's row, which fp4/axes.py explains: five columns, with one value or
     # three for forward:dgrad:wgrad; three products to switch on or off; and what acts on the
     # weights between steps, such as cage or cage:10:0.8. A comma list makes an ablation here, too.
     format: str = axis_flag("format")

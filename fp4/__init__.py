@@ -6,8 +6,9 @@ The table of recipes is at hand at once. The names that need torch are imported 
 """
 import importlib
 
+from .axes import AXES, recipe
 from .build import build
-from .recipes import AXES, RECIPES, GemmSpec, Recipe, recipe
+from .recipes import RECIPES, GemmSpec, Recipe
 
 MODULE_OF = {
     "Linear": "linear",

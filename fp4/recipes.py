@@ -5,10 +5,8 @@ A linear layer computes three matrix products: forward y = x w.T, dgrad dx = dy 
 dy.T x. A row says for each of them how its two operands are quantised along the axis that is summed
 over. None leaves a product unquantised; where the forward product is quantised, dgrad and wgrad
 still read its quantised w and x. The columns of a row are the fields of GemmSpec, once for each
-product. Each but rhs of a row can be changed for one run, as in recipe("fp4", scale="nearest") or
---scale nearest. A single value changes the products named at CHANGES below; three values,
---rotation 32:none:128, are for forward, dgrad and wgrad. One column belongs to the whole row:
-post_step, what acts on the weights between two optimizer steps (post_step.py).
+product. One column belongs to the whole row: post_step, what acts on the weights between two
+optimizer steps (post_step.py). A run can change the columns of its row: axes.py.
 
 A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). For any other row that has
 columns, a kernel that is compiled for them quantises the operands (emulate/matmul.py). The MXFP4
@@ -215,7 +213,6 @@ SCALE_RULES = {
     "mxfp8": ("absmax",),
     "int4": ("absmax",),
 }
-ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)
 
 
 class Number(NamedTuple):
@@ -234,85 +231,6 @@ POST_STEPS = {
     "deosc": (Number("START", 2000, 1, math.inf), Number("PERIOD", 200, 1, math.inf),
               Number("RATIO", 4., 0, math.inf)),
 }
-
-# What a run can change in its row, each an axis of an ablation: five columns, with their values;
-# three switches, which quantise a product or leave it out; and the column of the whole row.
-AXES = {
-    "format":   tuple(SCALE_RULES),
-    "scale":    (*ALL_SCALE_RULES, "quest-floor", "quest-nearest"),
-    "rotation": ("none", "16", "32", "64", "128"),
-    "signs":    ("before", "after", "none"),
-    "rounding": ("nearest", "stochastic", "eden", "rtn", "sr"),
-    "forward":  ("on", "off"),
-    "dgrad":    ("on", "off"),
-    "wgrad":    ("on", "off"),
-    "post_step": tuple(POST_STEPS),
-}
-# Other names for some of the values.
-SYNONYMS = {
-    "quest-floor": "floor",
-    "quest-nearest": "nearest",
-    "rtn": "nearest",
-    "sr": "stochastic",
-}
-# The products that a single value changes; three values are for forward, dgrad and wgrad. So one
-# rounding is that of the backward products. Forward, eden needs random signs there too: --rounding
-# eden:eden:eden --signs before:before:before.
-CHANGES = {
-    "format":   ("forward", "dgrad", "wgrad"),
-    "scale":    ("forward",),
-    "rotation": ("forward", "dgrad", "wgrad"),
-    "signs":    ("dgrad", "wgrad"),
-    "rounding": ("dgrad", "wgrad"),
-}
-# What a product becomes when it is switched on, and when it changes to format mxfp4.
-DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
-
-
-def recipe(precision, **axes):
-    """Returns the row `precision` with the given axes changed; None leaves one as it is.
-
-    Raises a ValueError that says in a sentence what is wrong with them.
-    """
-    check(precision in RECIPES, f"precision {precision!r} is not one of {', '.join(RECIPES)}")
-    row = RECIPES[precision]
-    axes = {axis: value for axis, value in axes.items() if value is not None}
-    for axis, value in axes.items():
-        check_value(axis, value)
-    check(not (row.method and axes),
-          f"{precision} is a method of its own and has no {', '.join(axes)} to change")
-
-    products = {name: switch_product(name, row, axes) for name in DEFAULTS}
-    for axis in CHANGES:
-        if axis not in axes:
-            continue
-        changes = split_value(axis, axes[axis], products)
-        left = " left" if len(axes) > 1 else ""
-        check(changes, f"{precision} has no quantised product{left} whose {axis} could change")
-        for name, value in changes.items():
-            products[name] = change_product(name, products[name], axis, value)
-
-    for name, spec in products.items():
-        if spec is not None:
-            validate(name, spec)
-    post_step = axes.get("post_step", row.post_step)
-    validate_post_step(precision, post_step, products["forward"])
-    return Recipe(*products.values(), row.method, post_step)
-
-
-def check_value(axis, value):
-    """Checks that an axis exists and has this value, or these three."""
-    check(axis in AXES, f"{axis} {value!r} is not one of {', '.join(AXES)}")
-    if axis == "post_step":
-        parse_post_step(value)
-        return
-    values = str(value).split(":")
-    for v in values:
-        check(v in AXES[axis], f"{axis} {v!r} is not one of {', '.join(AXES[axis])}")
-    may_be_three = axis in CHANGES
-    counts = (1, 3) if may_be_three else (1,)
-    or_three = " or three, forward:dgrad:wgrad" if may_be_three else ""
-    check(len(values) in counts, f"{axis} {value!r}: give one value{or_three}")
 
 
 def parse_post_step(word):
@@ -342,98 +260,3 @@ def parse_number(text, number, where):
     check(number.least <= value < number.most,
           f"{where}: {number.name} {text!r} is not {words[kind]} of at least {number.least}{below}")
     return value
-
-
-def switch_product(name, row, axes):
-    """Returns the product `name` of a row, switched on or off if the axis of that name says so."""
-    spec = getattr(row, name)
-    switch = axes.get(name)
-    if switch == "off":
-        return None
-    if switch == "on" and spec is None:
-        return DEFAULTS[name]
-    return spec
-
-
-def split_value(axis, value, products):
-    """Returns {product: value} for the quantised products that an axis changes."""
-    values = str(value).split(":")
-    if len(values) == 3:
-        pairs = dict(zip(DEFAULTS, values))
-    else:
-        pairs = dict.fromkeys(CHANGES[axis], values[0])
-    return {name: v for name, v in pairs.items() if products[name] is not None}
-
-
-def change_product(name, spec, axis, value):
-    """Returns a product with one column changed, and with it the columns that cannot stay."""
-    if axis == "rotation":
-        size = 0 if value == "none" else int(value)
-        spec = spec._replace(rotation=size)
-        return spec if size else spec._replace(signs="none")
-
-    value = SYNONYMS.get(value, value)
-    spec = spec._replace(**{axis: value})
-    if axis == "format" and spec.scale not in SCALE_RULES[value]:
-        rule = DEFAULTS[name].scale if value == "mxfp4" else SCALE_RULES[value][0]
-        spec = spec._replace(scale=rule)
-    return spec
-
-
-def validate(product_name, spec):
-    """Raises ValueError for a combination of columns that means nothing."""
-    def refuse_if(condition, sentence):
-        check(not condition, f"{product_name}: {sentence}")
-
-    rules = SCALE_RULES[spec.format]
-    refuse_if(spec.scale not in rules,
-              f"scale {spec.scale!r} is not one of format {spec.format}'s: {', '.join(rules)}")
-    refuse_if(spec.rotation == 0 and spec.signs != "none",
-              f"random signs {spec.signs} a rotation need a rotation")
-
-    is_eden = spec.rounding == "eden"
-    refuse_if(is_eden and spec.signs != "before",
-              "rounding eden is unbiased only behind a random rotation: signs before")
-    refuse_if(is_eden and spec.rhs == "square_blocks" and spec.format != "nvfp4",
-              f"square blocks of {spec.format} have no rounding eden")
-    refuse_if(spec.rounding != "nearest" and spec.scale == "four-six",
-              f"scale four-six chooses by the error, which makes rounding {spec.rounding} biased")
-
-    clips_or_corrects = spec.scale != "absmax34" and spec.format not in ("nvfp4", "int4")
-    refuse_if(spec.rounding == "stochastic" and clips_or_corrects,
-              "stochastic rounding is unbiased only where the scale neither clips nor corrects, "
-              f"and {spec.scale} of {spec.format} does")
-
-    operand = "weight" if product_name == "dgrad" else "input"
-    refuse_if(spec.rotation != 0 and spec.rhs == "reuse",
-              f"this row multiplies with the forward product's {operand} as it is, "
-              "which cannot be rotated along another axis")
-
-
-def validate_post_step(precision, word, forward):
-    """Raises ValueError unless the weight has a grid, which stays the same from step to step."""
-    name, *_ = parse_post_step(word)
-    if name == "none":
-        return
-    check(forward is not None,
-          f"post_step {name} needs a quantised forward product, and {precision} has none")
-    check(forward.rounding == "nearest" and forward.signs == "none",
-          f"post_step {name} needs a grid that stays: a forward product that rounds to nearest, "
-          "without random signs")
-
-
-def variant_name(precision, axes):
-    """Returns the name of a row with changed axes, such as "fp4-nearest-rotation-128".
-
-    A value stands alone if it says which axis it belongs to: a scale always does, any other only if
-    it is a word that no second axis has.
-    """
-    parts = [precision]
-    for axis, choices in AXES.items():
-        value = axes.get(axis)
-        if not value:
-            continue
-        axes_with_value = sum(value in choices for choices in AXES.values())
-        is_clear = axis == "scale" or (not value.isdigit() and axes_with_value == 1)
-        parts.append(value if is_clear else f"{axis}-{value}")
-    return "-".join(parts)

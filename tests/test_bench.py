@@ -1106,7 +1106,7 @@ def compile(tmp_path):
         for folder in ("fp4/kernels", "tools", "bin"):
             (tmp_path / folder).mkdir(parents=True)
         for name in ("Makefile", "tools/compile.py", "fp4/__init__.py", "fp4/build.py",
-                     "fp4/check.py", "fp4/recipes.py", "fp4/toolchain.py"):
+                     "fp4/axes.py", "fp4/check.py", "fp4/recipes.py", "fp4/toolchain.py"):
             shutil.copy(os.path.join(ROOT, name), tmp_path / name)
         toolchain = tmp_path / "fp4" / "toolchain.py"
         toolchain.write_text(toolchain.read_text().replace("/usr/local/cuda", "/nonexistent"))

@@ -12,7 +12,8 @@ import torch
 
 import fp4
 from data.files import UserError
-from fp4.recipes import RECIPES, variant_name
+from fp4.axes import variant_name
+from fp4.recipes import RECIPES
 from test_bench import FakeProcess, cells, gpu, out_of_memory
 from tools import bench, bench_rows, markdown
 

@@ -7,10 +7,11 @@ import torch
 
 import fp4
 from fp4 import ops, reference
+from fp4.axes import validate
 from fp4.build import columns_name, load_columns
 from fp4.emulate import columns, matmul, quantizers
 from fp4.ops import Packed
-from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec, validate
+from fp4.recipes import RECIPES, SCALE_RULES, GemmSpec
 from operands import (
     DEVICES, at_every_size, at_the_edge_of_a_scale, every_scale_byte, random_at_sizes, same,
     ugly_values)

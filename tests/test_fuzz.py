@@ -21,7 +21,7 @@ import torch
 
 import quartet
 from data import prepare
-from fp4.recipes import AXES, RECIPES
+from fp4 import AXES, RECIPES
 from model import PRESETS, Preset
 from tools import ablation, report
 

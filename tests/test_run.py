@@ -19,7 +19,7 @@ import torch
 
 import quartet
 from data.files import UserError
-from fp4.recipes import AXES
+from fp4.axes import AXES
 from test_train import equal
 from tools import checkpoint, run
 from tools.run import Step

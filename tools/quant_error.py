@@ -20,7 +20,8 @@ import dataclasses
 import sys
 
 from data.files import check
-from fp4.recipes import AXES, SCALE_RULES, GemmSpec, validate
+from fp4.axes import AXES, validate
+from fp4.recipes import SCALE_RULES, GemmSpec
 from tools import cli
 
 ROUNDINGS = ("nearest", "stochastic", "eden")

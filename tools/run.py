@@ -26,7 +26,7 @@ from typing import NamedTuple, Optional
 
 from data import locks
 from data.files import UserError, atomic_write_text, check, sha256_of
-from fp4.recipes import AXES, variant_name
+from fp4.axes import AXES, variant_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODE = (".py", ".cu", ".cuh", ".cpp", ".h")     # what a change of makes another program

@@ -3,6 +3,7 @@ from tools.mutants import Mutant
 
 FILE = "fp4/post_step.py"
 TABLE = "fp4/recipes.py"
+AXES = "fp4/axes.py"
 T = "tests/test_post_step.py::test_"
 FORMULA = T + "cage_is_its_formula_in_float64"
 RAMP = T + "cage_does_nothing_before_its_start_and_grows_from_there_to_the_end"
@@ -79,10 +80,10 @@ MUTANTS = [
            T + "layers_that_are_replaced_have_their_state_where_their_weights_are"),
 
     # ---- the column, and the run
-    Mutant("the column changes nothing", TABLE, "row.method, post_step)", "row.method)", NONE),
-    Mutant("a row without a grid is let through", TABLE,
+    Mutant("the column changes nothing", AXES, "row.method, post_step)", "row.method)", NONE),
+    Mutant("a row without a grid is let through", AXES,
            "    check(forward is not None,\n", "    check(True,\n", REFUSED),
-    Mutant("a grid that is drawn anew is let through", TABLE,
+    Mutant("a grid that is drawn anew is let through", AXES,
            'forward.rounding == "nearest" and forward.signs == "none"',
            'forward.rounding == "nearest"', REFUSED),
     Mutant("a run may end before its first window", TABLE,

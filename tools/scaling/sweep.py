@@ -17,7 +17,7 @@ import torch
 import quartet
 from data import prepare, signals
 from data.files import check
-from fp4.recipes import AXES
+from fp4.axes import AXES
 from model import PRESETS, Preset, count_params
 from tools.ablation import finish
 from tools.run import HARMLESS, LENGTHS, read_log, resumed_otherwise
