@@ -4,8 +4,12 @@ The axes: what a run, or a comparison of runs, can change in its row of the tabl
     recipe("fp4", scale="nearest")                  --precision fp4 --scale nearest
     recipe("fp4", rotation="32:none:128")           --precision fp4 --rotation 32:none:128
 
-Each column of GemmSpec but rhs is an axis. A single value changes the products named at CHANGES
-below; three values are for forward, dgrad and wgrad.
+The first columns of GemmSpec are axes. A single value changes the products named at CHANGES below;
+three values are for forward, dgrad and wgrad. Of a column of PER_OPERAND, a value can be two: what
+stands left of a slash is for the left operand of the product, what stands right of it for the right
+one. In the forward product these are the activations and the weights:
+
+    recipe("fp4", scale="mse/floor")                --precision fp4 --scale mse/floor
 """
 from .check import check
 from .recipes import (
@@ -43,6 +47,7 @@ CHANGES = {
     "signs":    ("dgrad", "wgrad"),
     "rounding": ("dgrad", "wgrad"),
 }
+PER_OPERAND = ("format", "scale")
 # What a product becomes when it is switched on, and when it changes to format mxfp4.
 DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
 
@@ -79,18 +84,26 @@ def recipe(precision, **axes):
 
 
 def check_value(axis, value):
-    """Checks that an axis exists and has this value, or these three."""
+    """Checks that an axis exists and has this value, or these three, or two for the operands."""
     check(axis in AXES, f"{axis} {value!r} is not one of {', '.join(AXES)}")
     if axis == "post_step":
         parse_post_step(value)
         return
     values = str(value).split(":")
     for v in values:
-        check(v in AXES[axis], f"{axis} {v!r} is not one of {', '.join(AXES[axis])}")
+        check_word(axis, v)
     may_be_three = axis in CHANGES
     counts = (1, 3) if may_be_three else (1,)
     or_three = " or three, forward:dgrad:wgrad" if may_be_three else ""
     check(len(values) in counts, f"{axis} {value!r}: give one value{or_three}")
+
+
+def check_word(axis, word):
+    """Checks one value of an axis, or the two of the operands."""
+    words = word.split("/") if axis in PER_OPERAND else [word]
+    check(len(words) <= 2, f"{axis} {word!r}: give one value, or two for the operands, left/right")
+    for w in words:
+        check(w in AXES[axis], f"{axis} {w!r} is not one of {', '.join(AXES[axis])}")
 
 
 def switch_product(name, row, axes):
@@ -120,12 +133,29 @@ def change_product(name, spec, axis, value):
         size = 0 if value == "none" else int(value)
         spec = spec._replace(rotation=size)
         return spec if size else spec._replace(signs="none")
+    if axis not in PER_OPERAND:
+        return spec._replace(**{axis: SYNONYMS.get(value, value)})
+    left, _, right = value.partition("/")
+    return with_operands(spec, change_operand(name, spec.left, axis, left),
+                         change_operand(name, spec.right, axis, right or left))
 
-    value = SYNONYMS.get(value, value)
-    spec = spec._replace(**{axis: value})
+
+def change_operand(name, spec, axis, value):
+    """Returns the spec of one operand with a column changed, and a scale rule of its format."""
+    spec = spec._replace(**{axis: SYNONYMS.get(value, value)})
     if axis == "format" and spec.scale not in SCALE_RULES[value]:
         rule = DEFAULTS[name].scale if value == "mxfp4" else SCALE_RULES[value][0]
         spec = spec._replace(scale=rule)
+    return spec
+
+
+def with_operands(spec, left, right):
+    """Returns a product whose operands have the columns of two specs of one operand."""
+    for column in PER_OPERAND:
+        value = getattr(left, column)
+        rhs_value = getattr(right, column)
+        difference = None if rhs_value == value else rhs_value
+        spec = spec._replace(**{column: value, f"rhs_{column}": difference})
     return spec
 
 
@@ -134,29 +164,39 @@ def validate(product_name, spec):
     def refuse_if(condition, sentence):
         check(not condition, f"{product_name}: {sentence}")
 
-    rules = SCALE_RULES[spec.format]
-    refuse_if(spec.scale not in rules,
-              f"scale {spec.scale!r} is not one of format {spec.format}'s: {', '.join(rules)}")
+    differ = spec != spec.left
+    taken_over = "weight" if product_name == "dgrad" else "input"
+    as_it_is = f"this row multiplies with the forward product's {taken_over} as it is, which "
+    refuse_if(differ and spec.rhs == "reuse", as_it_is + "cannot have a format or scale of its own")
+    refuse_if(spec.rotation != 0 and spec.rhs == "reuse",
+              as_it_is + "cannot be rotated along another axis")
+
+    sides = {"left operand, ": spec.left, "right operand, ": spec.right}
+    for side, operand in (sides if differ else {"": spec.left}).items():
+        problem = problem_of_scale(operand)
+        refuse_if(problem, f"{side}{problem}")
     refuse_if(spec.rotation == 0 and spec.signs != "none",
               f"random signs {spec.signs} a rotation need a rotation")
 
     is_eden = spec.rounding == "eden"
     refuse_if(is_eden and spec.signs != "before",
               "rounding eden is unbiased only behind a random rotation: signs before")
-    refuse_if(is_eden and spec.rhs == "square_blocks" and spec.format != "nvfp4",
-              f"square blocks of {spec.format} have no rounding eden")
-    refuse_if(spec.rounding != "nearest" and spec.scale == "four-six",
-              f"scale four-six chooses by the error, which makes rounding {spec.rounding} biased")
+    refuse_if(is_eden and spec.rhs == "square_blocks" and spec.right.format != "nvfp4",
+              f"square blocks of {spec.right.format} have no rounding eden")
 
+
+def problem_of_scale(spec):
+    """Returns what is wrong with the scale rule in the spec of one operand, or ""."""
+    rules = SCALE_RULES[spec.format]
+    if spec.scale not in rules:
+        return f"scale {spec.scale!r} is not one of format {spec.format}'s: {', '.join(rules)}"
+    if spec.rounding != "nearest" and spec.scale == "four-six":
+        return f"scale four-six chooses by the error, which makes rounding {spec.rounding} biased"
     clips_or_corrects = spec.scale != "absmax34" and spec.format not in ("nvfp4", "int4")
-    refuse_if(spec.rounding == "stochastic" and clips_or_corrects,
-              "stochastic rounding is unbiased only where the scale neither clips nor corrects, "
-              f"and {spec.scale} of {spec.format} does")
-
-    operand = "weight" if product_name == "dgrad" else "input"
-    refuse_if(spec.rotation != 0 and spec.rhs == "reuse",
-              f"this row multiplies with the forward product's {operand} as it is, "
-              "which cannot be rotated along another axis")
+    if spec.rounding == "stochastic" and clips_or_corrects:
+        return ("stochastic rounding is unbiased only where the scale neither clips nor corrects, "
+                f"and {spec.scale} of {spec.format} does")
+    return ""
 
 
 def validate_post_step(precision, word, forward):
@@ -175,13 +215,14 @@ def variant_name(precision, axes):
     """Returns the name of a row with changed axes, such as "fp4-nearest-rotation-128".
 
     A value stands alone if it says which axis it belongs to: a scale always does, any other only if
-    it is a word that no second axis has.
+    it is a word that no second axis has. The name is one of a folder, so that a slash becomes a +.
     """
     parts = [precision]
     for axis, choices in AXES.items():
         value = axes.get(axis)
         if not value:
             continue
+        value = value.replace("/", "+")
         axes_with_value = sum(value in choices for choices in AXES.values())
         is_clear = axis == "scale" or (not value.isdigit() and axes_with_value == 1)
         parts.append(value if is_clear else f"{axis}-{value}")

@@ -78,14 +78,15 @@ class PostStep:
 
 def rotate(w, recipe):
     """Returns w [N, K] in the basis of its grid, float32 [N, K padded]."""
-    return columns.rotate_for(columns.pad_to_blocks(w, recipe.forward), recipe.forward, None)
+    spec = recipe.forward.right
+    return columns.rotate_for(columns.pad_to_blocks(w, spec), spec, None)
 
 
 def rotate_back(v, w, recipe):
     """Returns v, in the basis of the grid of w, in the basis of w."""
     if recipe.has_kernels:
         return ops.unrotate(v, ops.nothing_clipped(*v.shape, v.device), torch.float32)
-    return columns.rotate_for(v, recipe.forward, None, undo=True)[:, :w.shape[1]]
+    return columns.rotate_for(v, recipe.forward.right, None, undo=True)[:, :w.shape[1]]
 
 
 def quantize(w, recipe):
@@ -94,7 +95,7 @@ def quantize(w, recipe):
         packed, _ = ops.quantize_forward(w, recipe.forward_scale)
         return ops.dequantize(packed, torch.float32)
     values, _, factor, _ = columns.quantize_operand(
-        w, recipe.forward, transposed=False, factor=None, scales=None, signs=None, seed=None,
+        w, recipe.forward.right, transposed=False, factor=None, scales=None, signs=None, seed=None,
         square=recipe.forward.rhs == "square_blocks", operand_format="packed", dtype=torch.float32)
     return values * factor
 

@@ -37,6 +37,9 @@ class GemmSpec(NamedTuple):
                                       16 x 16, so that w.T has the same values (forward only)
                   "reuse"             the quantised w or x of the forward product is used as it is
                   "from_unquantized"  the unquantised w or x is quantised, to nearest
+    rhs_format, rhs_scale
+                the right operand's format and scale rule; None: those of the left one. Blocks, in
+                squares or not, are then those of its format. What rhs "reuse" takes over has none
     """
     format: str = "mxfp4"
     scale: str = "absmax34"
@@ -44,11 +47,28 @@ class GemmSpec(NamedTuple):
     signs: str = "before"
     rounding: str = "nearest"
     rhs: str = "requantize"
+    rhs_format: str | None = None
+    rhs_scale: str | None = None
+
+    # What quantises an operand, and its kernel, see the spec of this operand alone.
+
+    @property
+    def left(self):
+        """How the left operand is quantised: x of forward, dy of dgrad, dy.T of wgrad."""
+        return self._replace(rhs_format=None, rhs_scale=None)
+
+    @property
+    def right(self):
+        """How the right operand is quantised: w, w.T, x.T."""
+        return self.left._replace(
+            format=self.rhs_format or self.format,
+            scale=self.rhs_scale or self.scale,
+            rounding="nearest" if self.rhs == "from_unquantized" else self.rounding)
 
     @property
     def is_packed(self):
         """Says whether both operands are MXFP4 in blocks along the sum: ops.gemm takes them."""
-        return self.format == "mxfp4" and self.rhs != "reuse"
+        return self.left.format == self.right.format == "mxfp4" and self.rhs != "reuse"
 
 
 class Recipe(NamedTuple):
@@ -142,8 +162,9 @@ def is_kernel_backward(spec):
     rotates = spec.rotation == 32 and spec.signs in ("before", "after")
     leaves = spec.rotation == 0 and spec.signs == "none"
     rounds = spec.rounding in ("nearest", "stochastic")
-    other_columns = (spec.format, spec.scale, spec.rhs)
-    return (rotates or leaves) and rounds and other_columns == ("mxfp4", "absmax34", "requantize")
+    others_are_quartets = spec == ABSMAX._replace(
+        rotation=spec.rotation, signs=spec.signs, rounding=spec.rounding)
+    return (rotates or leaves) and rounds and others_are_quartets
 
 
 # Quartet's products: the forward one, and the backward ones in several forms. PMA is an ablation of

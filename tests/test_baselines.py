@@ -311,13 +311,15 @@ def halo(v): return per_tensor(v, v.abs().max() / 8)
 def bf16(x, w, dy, draws): return x @ w.T, dy @ w, dy.T @ x
 
 
-def quartet(x, w, dy, draws, forward, dgrad, wgrad, n=32, signs=None):
+def quartet(x, w, dy, draws, forward, dgrad, wgrad, n=32, signs=None, rhs=()):
     """forward gives values and mask, or values alone; the others quantise the operands of the
-    backward products. n and signs are those of the forward rotation."""
+    backward products. n and signs are those of the forward rotation. rhs is three quantisers of the
+    right operands, if these are others."""
+    forward_rhs, dgrad_rhs, wgrad_rhs = rhs or (forward, dgrad, wgrad)
     xq, x_mask = forward(x)
-    wq, w_mask = forward(w)
-    dx = dgrad(dy) @ dgrad(wq.T).T
-    dw = wgrad(dy.T) @ wgrad(xq.T).T
+    wq, w_mask = forward_rhs(w)
+    dx = dgrad(dy) @ dgrad_rhs(wq.T).T
+    dw = wgrad(dy.T) @ wgrad_rhs(xq.T).T
     if n:
         dx = hadamard_undone(dx[:, :xq.shape[1]] * x_mask, n, signs)
         dw = hadamard_undone(dw * w_mask, n, signs)
@@ -598,19 +600,25 @@ def mxfp4_rule(rule):
 
 
 def changed_fp4(forward=quest, dgrad=absmax34, wgrad=absmax34, n=(32, 32, 32), rounding="nearest",
-                forward_is_random=False, is_random=True):
+                forward_is_random=False, is_random=True, rhs=(None, None, None)):
+    """rhs is three quantisers of the right operands, None where it is that of the left one."""
     def method(x, w, dy, draws):
         signs = draws.signs()
         extra = {"nearest": {}, "sr": dict(draws=draws), "eden": dict(eden=True)}[rounding]
-        Q = functools.partial(forward, n=n[0])
-        if forward_is_random:
-            Q = functools.partial(Q, signs=signs)
+        forward_signs = dict(signs=signs) if forward_is_random else {}
         backward_signs = signs if is_random else None
-        return quartet(
-            x, w, dy, draws, Q,
-            lambda v: dgrad(v, n[1], backward_signs if n[1] else None, **extra),
-            lambda v: wgrad(v, n[2], backward_signs if n[2] else None, **extra),
-            n[0], signs if forward_is_random else None)
+
+        def in_forward(quantize): return lambda v: quantize(v, n=n[0], **forward_signs)
+        def in_backward(quantize, n):
+            return lambda v: quantize(v, n, backward_signs if n else None, **extra)
+
+        def quantisers(forward, dgrad, wgrad):
+            return in_forward(forward), in_backward(dgrad, n[1]), in_backward(wgrad, n[2])
+
+        left = (forward, dgrad, wgrad)
+        right = [theirs or ours for theirs, ours in zip(rhs, left)]
+        return quartet(x, w, dy, draws, *quantisers(*left), n[0],
+                       signs if forward_is_random else None, quantisers(*right))
     return method
 
 
@@ -629,7 +637,25 @@ def rotated_mxfp8(x, w, dy, draws):
     return y, hadamard(dx, 64), hadamard(dw, 64)
 
 
+def unrotated_mixture(x, w, dy, draws):
+    """Of the unquantised operands, dgrad multiplies dy in mxfp8 and w.T in mxfp4, wgrad dy.T in
+    mxfp4 and x.T in mxfp8."""
+    def mxfp4(v): return mx(v, "absmax", 0)[0]
+    y = mxfp8(x) @ mxfp8(w).T
+    return y, mxfp8(dy) @ mxfp4(w.T).T, mxfp4(dy.T) @ mxfp8(x.T).T
+
+
+def square_46_weight(x, w, dy, draws):
+    """NVIDIA's row, but the scale of the weight in squares is Four Over Six."""
+    signs = draws.signs()
+    xq = nvfp4(x)
+    wq = four_six(w, square=True)
+    dx = nvfp4_sr(dy, 0, None, draws) @ wq
+    return xq @ wq.T, dx, nvfp4_sr(dy.T, 16, signs, draws) @ nvfp4(x.T, 16, signs).T
+
+
 quest_ = mxfp4_rule("floor")
+mxfp8_ = unmasked(mxfp8)
 CHANGED = [
     *(("fp4", dict(scale=rule), changed_fp4(mxfp4_rule(rule)))
       for rule in ("nearest", "absmax34", "absmax", "pma", "mse")),
@@ -653,6 +679,19 @@ CHANGED = [
      changed_fp4(unmasked(int4), int4, int4, rounding="sr")),
     ("fp4", dict(format="mxfp8"), changed_fp4(unmasked(mxfp8), mxfp8, mxfp8)),
     ("mxfp8", dict(rotation="64"), rotated_mxfp8),
+    ("fp4", dict(scale="mse/floor"),
+     changed_fp4(mxfp4_rule("mse"), rhs=(quest_, None, None))),
+    ("fp4", dict(scale="floor/absmax:absmax34/pma:mse/absmax34"),
+     changed_fp4(quest_, absmax34, values_of("mse"),
+                 rhs=(mxfp4_rule("absmax"), pma, absmax34))),
+    ("fp4", dict(scale="absmax/nearest", rotation="none:32:32"),
+     changed_fp4(mxfp4_rule("absmax"), n=(0, 32, 32), rhs=(mxfp4_rule("nearest"), None, None))),
+    ("fp4", dict(format="mxfp8/mxfp4:mxfp4:mxfp4"),
+     changed_fp4(mxfp8_, rhs=(quest_, None, None))),
+    ("fp4", dict(format="mxfp4/mxfp8", scale="nearest/absmax"),
+     changed_fp4(mxfp4_rule("nearest"), rhs=(mxfp8_, mxfp8, mxfp8))),
+    ("mxfp8", dict(format="mxfp8:mxfp8/mxfp4:mxfp4/mxfp8"), unrotated_mixture),
+    ("nvfp4", dict(scale="absmax/four-six"), square_46_weight),
 ]
 
 

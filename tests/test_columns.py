@@ -366,6 +366,11 @@ ROWS["nvfp4-in-mxfp4"] = fp4.recipe("nvfp4", format="mxfp4", rounding="nearest")
 ROWS["gradients-of-packed"] = fp4.recipe("fp4", format="mxfp4:nvfp4:int4")
 ROWS["absmax"] = fp4.recipe("fp4", scale="absmax")                  # rotated, without a mask
 ROWS["rotation-128"] = fp4.recipe("fp4", rotation="128")
+ROWS["mse-floor"] = fp4.recipe("fp4", scale="mse/floor:pma/absmax34:absmax34")
+ROWS["mxfp8-mxfp4"] = fp4.recipe("fp4", format="mxfp8/mxfp4:mxfp4:mxfp4/int4")
+# w in squares has a mask and a rotation to undo, which x does not share
+ROWS["squares-of-another-rule"] = fp4.recipe(
+    "nvfp4", format="nvfp4/mxfp4:nvfp4:nvfp4", rotation="32:none:16", rounding="nearest")
 PACKED_ROWS = [name for name, row in ROWS.items() if row.has_packed_products]
 
 

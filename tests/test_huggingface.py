@@ -110,7 +110,8 @@ def test_the_plain_weight_is_what_the_forward_product_multiplies_rotated_back(sc
     ("fp4", {"scale": "mse"}, .005, .02), ("fp4", {"rotation": "64"}, .01, .04),
     ("fp4", {"rotation": "none"}, .01, .04), ("fp4", {"scale": "absmax34"}, .005, .02),
     ("nvfp4", {}, .005, .015), ("four-over-six", {}, .005, .015), ("mxfp8", {}, 1e-4, 2e-3),
-    ("fp8", {}, 1e-4, 2e-3)])
+    ("fp8", {}, 1e-4, 2e-3), ("fp4", {"format": "mxfp4/mxfp8"}, 1e-4, 2e-3),
+    ("fp4", {"format": "mxfp8/mxfp4"}, .01, .04)])
 def test_the_plain_weight_differs_from_the_weight_by_its_rounding(precision, axes, least, most):
     # A Linear would compile its quantiser; without that the definition runs.
     weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
@@ -261,7 +262,7 @@ def test_transformers_understands_the_config_of_fpquant(tmp_path):
 
 @pytest.mark.parametrize("precision, axes", [
     ("bf16", {}), ("fp4-bwd", {}), ("fp4", {"scale": "nearest"}), ("fp4", {"rotation": "64"}),
-    ("nvfp4", {}), ("fp8", {})])
+    ("nvfp4", {}), ("fp8", {}), ("fp4", {"scale": "mse/floor"})])
 def test_only_quartets_forward_product_has_the_forms_of_fpquant(precision, axes):
     for form in ("fpquant", "fpquant-pseudo"):
         with pytest.raises(UserError, match="is for the forward product of fp4 .* --form bf16"):

@@ -44,7 +44,8 @@ def test_cage_is_its_formula_in_float64(name, word, force):
 
 ROWS = [("fp4", {}), ("nvfp4", {}), ("mxfp8", {}), ("quartet2", {}), ("fp4-fwd", {}),
         ("fp4", dict(scale="mse")), ("fp4", dict(scale="pma")), ("fp4", dict(rotation="128")),
-        ("fp4", dict(format="int4"))]
+        ("fp4", dict(format="int4")), ("fp4", dict(scale="mse/floor")),
+        ("fp4", dict(format="mxfp8/mxfp4"))]
 
 
 @pytest.mark.parametrize("name, axes", ROWS)

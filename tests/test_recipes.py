@@ -41,7 +41,9 @@ def test_which_rows_have_kernels():
     for axes in (dict(scale="mse"), dict(rounding="eden"), dict(signs="none"),
                  dict(rotation="64"), dict(rotation="32:32:64"), dict(rotation="none"),
                  dict(format="int4"), dict(dgrad="off"), dict(wgrad="off"), dict(forward="off"),
-                 dict(rounding="nearest:sr:nearest"), dict(scale="floor:pma:pma")):
+                 dict(rounding="nearest:sr:nearest"), dict(scale="floor:pma:pma"),
+                 dict(scale="floor/nearest"), dict(scale="floor:absmax34/pma:absmax34"),
+                 dict(format="mxfp4:mxfp4:mxfp4/mxfp8")):
         assert not fp4.recipe("fp4", **axes).has_kernels, axes
 
 
@@ -54,6 +56,7 @@ ROTATED_CASES = [dict(signs=signs, rotation=rotation, rounding=rounding)
 @pytest.mark.parametrize("name, axes", [
     *((name, {}) for name in EMULATED_COLUMNS),
     *(("fp4", axes) for axes in ROTATED_CASES),
+    ("fp4", dict(scale="mse/absmax")), ("fp4", dict(format="mxfp8/mxfp4", rotation="64")),
 ])
 def test_gradients_are_autograds_when_the_quantiser_is_the_identity(name, axes, monkeypatch):
     "so rotations, signs, paddings and factors are all undone"
@@ -508,6 +511,29 @@ def test_a_value_changes_the_products_it_belongs_to_and_three_values_all():
     assert column(row, "rounding") == ["eden"] * 3
 
 
+def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_operand():
+    def operands(spec):
+        return [(operand.format, operand.scale) for operand in (spec.left, spec.right)]
+
+    row = fp4.recipe("fp4", scale="mse/quest-floor")
+    assert operands(row.forward) == [("mxfp4", "mse"), ("mxfp4", "floor")]
+    assert row.dgrad == fp4.RECIPES["fp4"].dgrad and row.forward.is_packed
+    assert fp4.recipe("fp4", scale="mse/mse") == fp4.recipe("fp4", scale="mse")
+    row = fp4.recipe("fp4", format="mxfp8/mxfp4")
+    assert operands(row.forward) == [("mxfp8", "absmax"), ("mxfp4", "floor")]
+    assert operands(row.wgrad) == [("mxfp8", "absmax"), ("mxfp4", "absmax34")]
+    assert not row.has_packed_products
+    assert fp4.recipe("fp4", format="mxfp4/mxfp4") == fp4.RECIPES["fp4"]
+    row = fp4.recipe("fp4", scale="mse/floor:pma/absmax34:pma")
+    assert operands(row.dgrad) == [("mxfp4", "pma"), ("mxfp4", "absmax34")]
+    assert operands(row.wgrad) == [("mxfp4", "pma")] * 2
+    for spec in (row.forward, row.dgrad):
+        assert spec.left == spec.left.left == spec.left.right and spec.right == spec.right.right
+    row = fp4.recipe("nvfp4", format="nvfp4:nvfp4:mxfp8/mxfp4", rounding="nearest")
+    assert row.wgrad.right.rhs == "from_unquantized"
+    assert label(vars(quartet.parse(["--scale", "mse/floor"]))) == "fp4-mse+floor"
+
+
 @pytest.mark.parametrize("precision, axes, words", [
     ("fp4", dict(scale="four-six"),
      "forward: scale 'four-six' is not one of format mxfp4's: floor, nearest, absmax34"),
@@ -527,6 +553,24 @@ def test_a_value_changes_the_products_it_belongs_to_and_three_values_all():
     ("nvfp4", dict(format="mxfp4", dgrad="off", rotation="32:32:32",
                    signs="before:before:before", rounding="eden:eden:eden"),
      "forward: square blocks of mxfp4 have no rounding eden"),
+    ("fp4", dict(format="mxfp8/mxfp4", scale="nearest"),
+     "forward: left operand, scale 'nearest' is not one of format mxfp8's: absmax"),
+    ("fp4", dict(scale="floor/four-six"),
+     "forward: right operand, scale 'four-six' is not one of format mxfp4's: floor, nearest"),
+    ("fp4-sr", dict(scale="floor:absmax34/mse:absmax34"),
+     "dgrad: right operand, stochastic rounding is unbiased only where the scale neither clips"),
+    ("nvfp4", dict(format="nvfp4:mxfp4/mxfp8:nvfp4"),
+     "dgrad: this row multiplies with the forward product's weight as it is, which cannot have a "
+     "format or scale of its own"),
+    ("nvfp4", dict(format="nvfp4/mxfp4:nvfp4:nvfp4", rounding="eden:sr:sr", rotation="32:none:16",
+                   signs="before:none:before"),
+     "forward: square blocks of mxfp4 have no rounding eden"),
+    ("fp4", dict(scale="mse/floor/mse"),
+     "scale 'mse/floor/mse': give one value, or two for the operands, left/right"),
+    ("fp4", dict(scale="mse/"),
+     "scale '' is not one of floor, nearest, absmax34"),
+    ("fp4", dict(rotation="32/64"),
+     "rotation '32/64' is not one of none, 16, 32, 64, 128"),
     ("bf16", dict(scale="nearest"),
      "bf16 has no quantised product whose scale could change"),
     ("fp4-fwd", dict(rounding="sr"),

@@ -6,7 +6,8 @@ GemmSpec alone, and its definition in plain PyTorch.
     arithmetic      kernels/columns.cuh, which is shared by a CPU and a GPU
     kernels         kernels/columns_cpu.cpp, kernels/quantize_columns.cu
 
-The columns of the GemmSpec are constants for the compiler. So one source serves every recipe, and
+A GemmSpec here is that of one operand (GemmSpec.left, .right); rhs and what is named after it mean
+nothing. Its columns are constants for the compiler. So one source serves every recipe, and
 what its kernel does not need is not in it: no rotation, no noise, no mask. The kernel gives the
 definition's bytes. Where none was compiled, the definition runs.
 
@@ -145,15 +146,15 @@ def prepare(recipe):
 def quantizers_of(recipe):
     """Returns the (GemmSpec, whether blocks are square) of all operands that matmul.py makes."""
     found = []
-    if recipe.forward is not None:
-        found.append((recipe.forward, False))
-        if recipe.forward.rhs == "square_blocks":
-            found.append((recipe.forward, True))
-    for spec in (recipe.dgrad, recipe.wgrad):
-        if spec is not None:
-            found.append((spec, False))
-            if spec.rhs == "from_unquantized":
-                found.append((spec._replace(rounding="nearest"), False))
+    for spec in (recipe.forward, recipe.dgrad, recipe.wgrad):
+        if spec is None:
+            continue
+        is_square = spec.rhs == "square_blocks"
+        found.append((spec.left, False))
+        if spec.rhs != "reuse":
+            found.append((spec.right, is_square))
+        if is_square and has_basis(spec.right):         # which dw is taken out of
+            found.append((spec.right, False))
     return found
 
 
@@ -227,7 +228,7 @@ def is_compiled(spec):
 
 def quantize_operand(
         matrix, spec, transposed, factor, square, scales, operand_format, signs, seed, dtype):
-    """Rotates and quantises a matrix in memory as a GemmSpec says, along its rows.
+    """Rotates and quantises a matrix in memory as the GemmSpec of one operand says, along its rows.
 
     matrix      [R, K], or [K, R] if transposed: the operand is then its transpose; float32 or
                 bfloat16. With scales: codes uint8 [K, R/2], and transposed
@@ -239,7 +240,7 @@ def quantize_operand(
                 GPU; a right operand in tiles is transposed
     signs       int64 [SIGN_WORDS], or None where spec has none
     seed        int64 [1], or None where spec rounds to nearest
-    dtype       of the values: float32 or bfloat16; uint8 packs them, which spec.is_packed allows
+    dtype       of the values: float32 or bfloat16; uint8 packs them, which MXFP4 allows
     returns     values [R, K padded] in dtype, scales [0], factor float32 [1, 1] or [R, 1], mask
                 int32 [R, K padded / 32] or [0]. Packed: codes uint8 [R, K padded / 2] and scales
                 uint8 [R, K padded / 32] instead; in tiles as ops.operand_shapes says

@@ -67,12 +67,13 @@ words = torch.ops.fp4.words
 class Operand(NamedTuple):
     """A matrix in memory, to be quantised along its rows, or along its columns if transposed."""
     matrix: torch.Tensor                # values, or codes if there are scales
-    spec: GemmSpec | None               # how; None leaves the values as they are
+    spec: GemmSpec | None               # of this operand; None leaves the values as they are
     transposed: bool = False            # the operand is matrix.T
     factor: torch.Tensor | None = None  # float32 [1, 1] or [rows of matrix, 1]: times this
     square: bool = False                # blocks are squares, not stretches of one row
     scales: torch.Tensor | None = None  # of a packed matrix, which is transposed
     operand_format: str = "packed"      # of the result, if it is packed: columns.FORMATS
+    packs: bool = False                 # whether it is: GemmSpec.is_packed of the product
 
 
 class Quantized(NamedTuple):
@@ -146,9 +147,9 @@ def quantize_operands(dy, nonce, operands):
 
 def quantize_operand(operand, signs, seed, dtype):
     if operand.spec is not None:
-        if operand.spec.is_packed:
+        if operand.packs:
             dtype = torch.uint8
-        return Quantized(*columns.quantize_operand(*operand, signs, seed, dtype))
+        return Quantized(*columns.quantize_operand(*operand[:-1], signs, seed, dtype))
     v = operand.matrix.to(dtype)
     if operand.factor is not None:
         v = (operand.matrix * operand.factor).to(dtype)
@@ -190,10 +191,15 @@ def packed_product(left, right, shape, alpha, dtype):
     return ops.gemm(left.packed, right.packed, alpha, dtype)
 
 
+def constant_factors(spec):
+    """Returns the factor of a product whose operands have no factors of their rows."""
+    return constant_factor(spec.left) * constant_factor(spec.right)
+
+
 def scaled_product(left, right, spec, shape, dtype):
     """Returns left @ right.T of two Quantized, times their factors, in dtype."""
     if left.is_packed and spec.rounding != "eden":
-        return packed_product(left, right, shape, constant_factor(spec) ** 2, dtype)
+        return packed_product(left, right, shape, constant_factors(spec), dtype)
     factor = left.factor * right.factor.T
     if left.is_packed:
         product = packed_product(left, right, shape, 1., torch.float32)
@@ -220,7 +226,8 @@ def forward(x, w, recipe):
         return y, Saved(*as_it_is(x), *as_it_is(w), None, x, w)
 
     is_square = spec.rhs == "square_blocks"
-    operands = [Operand(x, spec), Operand(w, spec, square=is_square)]
+    operands = [Operand(x, spec.left, packs=spec.is_packed),
+                Operand(w, spec.right, square=is_square, packs=spec.is_packed)]
     (x_quantized, w_quantized), signs = quantize_operands(x, w, operands)
     y = scaled_product(x_quantized, w_quantized, spec, (len(x), len(w)), x.dtype)
     keeps_x = recipe.wgrad is not None and recipe.wgrad.rhs == "from_unquantized"
@@ -232,30 +239,40 @@ def backward(dy, saved, recipe, backend=None):
     saved = Saved(*saved)
     used_w, used_x = saved.w_quantized, saved.x_quantized
     dgrad = as_the_product_wants(
-        Operand(dy, recipe.dgrad),
+        grad_lhs(recipe.dgrad, dy, transposed=False),
         grad_rhs(recipe.dgrad, used_w, saved.w, recipe.forward, saved.signs, dy.dtype),
         backend)
     wgrad = as_the_product_wants(
-        Operand(dy, recipe.wgrad, transposed=True),
+        grad_lhs(recipe.wgrad, dy, transposed=True),
         grad_rhs(recipe.wgrad, used_x, saved.x, recipe.forward, saved.signs, dy.dtype),
         backend)
     quantized, _ = quantize_operands(dy, saved.x_values, [*dgrad, *wgrad])
 
-    basis = Basis(recipe.forward, saved.signs, saved.w.shape[1])
-    dx = grad_product(*quantized[:2], recipe.dgrad, len(dy), dy.dtype, saved.x_mask, basis)
-    dw = grad_product(*quantized[2:], recipe.wgrad, dy.shape[1], torch.float32, saved.w_mask, basis)
-    return cast(dx[:, :basis.width], dy.dtype), cast(dw[:, :basis.width], torch.float32)
+    # x and w are rotated alike, but each has its own scale rule, which may clip or not.
+    forward_specs = (None, None) if recipe.forward is None else (
+        recipe.forward.left, recipe.forward.right)
+    x_basis, w_basis = (Basis(spec, saved.signs, saved.w.shape[1]) for spec in forward_specs)
+    dx = grad_product(*quantized[:2], recipe.dgrad, len(dy), dy.dtype, saved.x_mask, x_basis)
+    dw = grad_product(
+        *quantized[2:], recipe.wgrad, dy.shape[1], torch.float32, saved.w_mask, w_basis)
+    return cast(dx[:, :x_basis.width], dy.dtype), cast(dw[:, :w_basis.width], torch.float32)
 
 
 def as_the_product_wants(left, right, backend):
     """Returns both operands of a gradient, to be written in FP8 tiles if the backend multiplies
     these, which saves their way through memory as packed matrices."""
-    specs = (left.spec, right.spec)
-    if backend is None or backend.format_for(left.matrix) != "fp8" or None in specs:
+    if backend is None or backend.format_for(left.matrix) != "fp8":
         return left, right
-    if not all(spec.is_packed and columns.is_compiled(spec) for spec in specs):
+    if not all(operand.packs and columns.is_compiled(operand.spec) for operand in (left, right)):
         return left, right
     return left._replace(operand_format="fp8_left"), right._replace(operand_format="fp8_right")
+
+
+def grad_lhs(spec, dy, transposed):
+    """Returns the left Operand of a gradient: dy of dgrad, dy.T of wgrad."""
+    if spec is None:
+        return Operand(dy, None, transposed)
+    return Operand(dy, spec.left, transposed, packs=spec.is_packed)
 
 
 def grad_rhs(spec, used, unquantized, forward_spec, signs, dtype):
@@ -277,14 +294,14 @@ def grad_rhs(spec, used, unquantized, forward_spec, signs, dtype):
         rotated = unquantized
         if forward_spec is not None:
             rotated = rotate_for(pad_to_blocks(unquantized, forward_spec), forward_spec, signs)
-        return Operand(rotated, spec._replace(rounding="nearest"), True)
+        return Operand(rotated, spec.right, True, packs=spec.is_packed)
     scales = used.scales if used.is_packed else None
-    return Operand(used.values, spec, True, factor, scales=scales)
+    return Operand(used.values, spec.right, True, factor, scales=scales, packs=spec.is_packed)
 
 
 class Basis(NamedTuple):
-    """The basis in which the forward pass has quantised x and w, along their in-features."""
-    spec: GemmSpec | None           # the forward product's
+    """The basis in which the forward pass has quantised x or w, along its in-features."""
+    spec: GemmSpec | None           # of this operand of the forward product
     signs: torch.Tensor | None
     width: int                      # the number of in-features
 
@@ -311,7 +328,7 @@ def grad_product(left, right, spec, rows, dtype, mask, basis):
         if mask.numel() == 0:
             mask = ops.nothing_clipped(*shape, mask.device)
         return ops.gemm_unrotate(
-            left.packed, right.packed, mask, constant_factor(spec) ** 2, dtype)
+            left.packed, right.packed, mask, constant_factors(spec), dtype)
     if left.is_packed:
         product = packed_product(left, right, shape, 1., dtype)
     else:

@@ -43,10 +43,12 @@ MUTANTS = [
     Mutant("blocks of nvfp4's weight are not square", FILE,
            'square=recipe.forward.rhs == "square_blocks"', "square=False",
            FORMULA + "[cage-5.0-nvfp4]"),
+    Mutant("the grid of a weight is that of the activations", FILE,
+           "w, recipe.forward.right, transposed", "w, recipe.forward.left, transposed", GRID),
     Mutant("the factor of a format is left out", FILE, "return values * factor", "return values",
            GRID),
     Mutant("the emulated grid stays in its rotated basis", FILE,
-           "columns.rotate_for(v, recipe.forward, None, undo=True)[:, :w.shape[1]]",
+           "columns.rotate_for(v, recipe.forward.right, None, undo=True)[:, :w.shape[1]]",
            "v[:, :w.shape[1]]", GRID),
 
     # ---- de-oscillation

@@ -6,6 +6,7 @@ AXES = "fp4/axes.py"
 RECIPES = "tests/test_recipes.py::test_"
 REFUSED = RECIPES + "a_combination_without_meaning_is_refused_with_a_sentence_and_exit_code_2"
 BELONGS = RECIPES + "a_value_changes_the_products_it_belongs_to_and_three_values_all"
+SLASH = RECIPES + "what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_operand"
 
 
 def stated(name):
@@ -242,8 +243,19 @@ MUTANTS = [
            'refuse_if(is_eden and spec.signs != "before",',
            'refuse_if(is_eden and spec.signs == "none",', REFUSED),
     Mutant("four-six is allowed with any rounding", AXES,
-           'refuse_if(spec.rounding != "nearest" and spec.scale == "four-six",',
-           'refuse_if(False and spec.scale == "four-six",', REFUSED),
+           'if spec.rounding != "nearest" and spec.scale == "four-six":',
+           'if False and spec.scale == "four-six":', REFUSED),
+    Mutant("what stands right of a slash is for the left operand, too", AXES,
+           'change_operand(name, spec.left, axis, left)',
+           'change_operand(name, spec.left, axis, right or left)', SLASH),
+    Mutant("a single value leaves the right operand as it is", AXES,
+           "change_operand(name, spec.right, axis, right or left)",
+           "change_operand(name, spec.right, axis, right) if right else spec.right", SLASH),
+    Mutant("an operand that is taken over may have a format", AXES,
+           'refuse_if(differ and spec.rhs == "reuse"', 'refuse_if(False and spec.rhs == "reuse"',
+           REFUSED),
+    Mutant("only the scale of the left operand is checked", AXES,
+           '"right operand, ": spec.right}', '"right operand, ": spec.left}', REFUSED),
     Mutant("a product that takes an operand over may be rotated", AXES,
            'refuse_if(spec.rotation != 0 and spec.rhs == "reuse",',
            'refuse_if(spec.rotation < 0 and spec.rhs == "reuse",', REFUSED),
