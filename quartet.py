@@ -97,12 +97,13 @@ class Settings:
     sample: str = flag(None, "do not train: continue this text with the run's checkpoint")
     sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
 
-    # Changes to the precision's row, which fp4/axes.py explains: five columns, with one value or
+    # Changes to the precision's row, which fp4/axes.py explains: six columns, with one value or
     # three for forward:dgrad:wgrad, some also for the left/right operand; three products to switch
     # on or off; and what acts on the weights between steps, such as cage or cage:10:0.8. A comma
     # list makes an ablation here, too.
     format: str = axis_flag("format")
     scale: str = axis_flag("scale")
+    multiplier: str = axis_flag("multiplier")
     rotation: str = axis_flag("rotation")
     signs: str = axis_flag("signs")
     rounding: str = axis_flag("rounding")

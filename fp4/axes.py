@@ -13,15 +13,19 @@ one. In the forward product these are the activations and the weights:
 """
 from .check import check
 from .recipes import (
-    ABSMAX, POST_STEPS, QUEST, RECIPES, SCALE_RULES, Recipe, parse_post_step)
+    ABSMAX, POST_STEPS, QUEST, QUEST_RULES, RECIPES, SCALE_RULES, Number, Recipe, parse_number,
+    parse_post_step)
 
 ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)
 
-# What a run can change in its row, each an axis of an ablation: five columns, with their values;
+MULTIPLIER = Number("NUMBER", 1., .1, 10)       # Beyond, most values would clip or be zeros.
+
+# What a run can change in its row, each an axis of an ablation: six columns, with their values;
 # three switches, which quantise a product or leave it out; and the column of the whole row.
 AXES = {
     "format":   tuple(SCALE_RULES),
     "scale":    (*ALL_SCALE_RULES, "quest-floor", "quest-nearest"),
+    "multiplier": (MULTIPLIER.name,),
     "rotation": ("none", "16", "32", "64", "128"),
     "signs":    ("before", "after", "none"),
     "rounding": ("nearest", "stochastic", "eden", "rtn", "sr"),
@@ -43,11 +47,12 @@ SYNONYMS = {
 CHANGES = {
     "format":   ("forward", "dgrad", "wgrad"),
     "scale":    ("forward",),
+    "multiplier": ("forward",),
     "rotation": ("forward", "dgrad", "wgrad"),
     "signs":    ("dgrad", "wgrad"),
     "rounding": ("dgrad", "wgrad"),
 }
-PER_OPERAND = ("format", "scale")
+PER_OPERAND = ("format", "scale", "multiplier")
 # What a product becomes when it is switched on, and when it changes to format mxfp4.
 DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
 
@@ -103,6 +108,9 @@ def check_word(axis, word):
     words = word.split("/") if axis in PER_OPERAND else [word]
     check(len(words) <= 2, f"{axis} {word!r}: give one value, or two for the operands, left/right")
     for w in words:
+        if axis == "multiplier":
+            parse_number(w, MULTIPLIER, f"multiplier {word!r}")
+            continue
         check(w in AXES[axis], f"{axis} {w!r} is not one of {', '.join(AXES[axis])}")
 
 
@@ -142,7 +150,8 @@ def change_product(name, spec, axis, value):
 
 def change_operand(name, spec, axis, value):
     """Returns the spec of one operand with a column changed, and a scale rule of its format."""
-    spec = spec._replace(**{axis: SYNONYMS.get(value, value)})
+    value = float(value) if axis == "multiplier" else SYNONYMS.get(value, value)
+    spec = spec._replace(**{axis: value})
     if axis == "format" and spec.scale not in SCALE_RULES[value]:
         rule = DEFAULTS[name].scale if value == "mxfp4" else SCALE_RULES[value][0]
         spec = spec._replace(scale=rule)
@@ -190,6 +199,8 @@ def problem_of_scale(spec):
     rules = SCALE_RULES[spec.format]
     if spec.scale not in rules:
         return f"scale {spec.scale!r} is not one of format {spec.format}'s: {', '.join(rules)}"
+    if spec.multiplier != 1 and spec.scale not in QUEST_RULES:
+        return f"a multiplier is for the scales {' and '.join(QUEST_RULES)}, not for {spec.scale}"
     if spec.rounding != "nearest" and spec.scale == "four-six":
         return f"scale four-six chooses by the error, which makes rounding {spec.rounding} biased"
     clips_or_corrects = spec.scale != "absmax34" and spec.format not in ("nvfp4", "int4")

@@ -112,14 +112,16 @@ def columns_name(spec, square):
     """Returns a name for the quantiser of a GemmSpec, such as nvfp4_absmax_128_before_eden."""
     columns = (spec.format, spec.scale, spec.rotation, spec.signs, spec.rounding)
     words = [str(column).replace("-", "_") for column in columns]
+    if spec.multiplier != 1:
+        words.append(f"times_{spec.multiplier}".replace(".", "_"))
     return "_".join(words + ["square"] * square)
 
 
 def column_flags(spec, square):
     """Returns the macros that kernels/columns.cuh reads."""
     macros = dict(FORMAT=spec.format, SCALE=spec.scale.replace("-", "_"), ROTATION=spec.rotation,
-                  SIGNS=spec.signs, ROUNDING=spec.rounding, SQUARE=int(square),
-                  NAME=columns_name(spec, square))
+                  SIGNS=spec.signs, ROUNDING=spec.rounding, MULTIPLIER=spec.multiplier,
+                  SQUARE=int(square), NAME=columns_name(spec, square))
     return tuple(f"-DCOLUMN_{macro}={value}" for macro, value in macros.items())
 
 

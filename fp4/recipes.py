@@ -37,9 +37,12 @@ class GemmSpec(NamedTuple):
                                       16 x 16, so that w.T has the same values (forward only)
                   "reuse"             the quantised w or x of the forward product is used as it is
                   "from_unquantized"  the unquantised w or x is quantised, to nearest
-    rhs_format, rhs_scale
-                the right operand's format and scale rule; None: those of the left one. Blocks, in
-                squares or not, are then those of its format. What rhs "reuse" takes over has none
+    multiplier  the rules of QUEST_RULES look for a power of two beside this number times the best
+                scale: below 1, fewer values become zero, and more clip (as "mult" in the branch
+                rotation_fix of github.com/IST-DASLab/Quartet)
+    rhs_format, rhs_scale, rhs_multiplier
+                those of the right operand; None: those of the left one. Blocks, in squares or not,
+                are then those of its format. What rhs "reuse" takes over has none of its own
     """
     format: str = "mxfp4"
     scale: str = "absmax34"
@@ -47,15 +50,17 @@ class GemmSpec(NamedTuple):
     signs: str = "before"
     rounding: str = "nearest"
     rhs: str = "requantize"
+    multiplier: float = 1.
     rhs_format: str | None = None
     rhs_scale: str | None = None
+    rhs_multiplier: float | None = None
 
     # What quantises an operand, and its kernel, see the spec of this operand alone.
 
     @property
     def left(self):
         """How the left operand is quantised: x of forward, dy of dgrad, dy.T of wgrad."""
-        return self._replace(rhs_format=None, rhs_scale=None)
+        return self._replace(rhs_format=None, rhs_scale=None, rhs_multiplier=None)
 
     @property
     def right(self):
@@ -63,6 +68,7 @@ class GemmSpec(NamedTuple):
         return self.left._replace(
             format=self.rhs_format or self.format,
             scale=self.rhs_scale or self.scale,
+            multiplier=self.rhs_multiplier or self.multiplier,
             rounding="nearest" if self.rhs == "from_unquantized" else self.rounding)
 
     @property
@@ -234,10 +240,11 @@ SCALE_RULES = {
     "mxfp8": ("absmax",),
     "int4": ("absmax",),
 }
+QUEST_RULES = ("floor", "nearest")
 
 
 class Number(NamedTuple):
-    """A number that stands behind the name of a post_step; numbers behind it may be left out."""
+    """A number that can be given: the value of an axis, or a part of one, which may be left out."""
     name: str
     default: int | float            # Its type is that of what is given.
     least: int | float

@@ -179,10 +179,10 @@ EXPONENTS = {
 # A quantiser takes a matrix, which it rotates by n after multiplying it with signs, and noise where
 # it rounds at random.
 
-def mx(v, rule, n=32, signs=None):
+def mx(v, rule, n=32, signs=None, multiplier=1.):
     "-> values, mask; without the factor 3/4"
     blocks = to_blocks(pad(rotate(v, n, signs), 32), 32)
-    scale = 2 ** EXPONENTS[rule](blocks)
+    scale = 2 ** EXPONENTS[rule](blocks * multiplier)
     values = to_grid(blocks / scale, E2M1) * scale
     return values.flatten(-2), (blocks / scale).abs().flatten(-2) < 6
 
@@ -691,6 +691,10 @@ CHANGED = [
     ("fp4", dict(format="mxfp4/mxfp8", scale="nearest/absmax"),
      changed_fp4(mxfp4_rule("nearest"), rhs=(mxfp8_, mxfp8, mxfp8))),
     ("mxfp8", dict(format="mxfp8:mxfp8/mxfp4:mxfp4/mxfp8"), unrotated_mixture),
+    ("fp4", dict(multiplier="0.84"), changed_fp4(functools.partial(mx, rule="floor",
+                                                                   multiplier=.84))),
+    ("fp4", dict(multiplier="1/1.2", scale="floor/nearest"),
+     changed_fp4(quest_, rhs=(functools.partial(mx, rule="nearest", multiplier=1.2), None, None))),
     ("nvfp4", dict(scale="absmax/four-six"), square_46_weight),
 ]
 

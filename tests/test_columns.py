@@ -82,6 +82,23 @@ def test_the_scale_of_a_block_is_one_that_e8m0_has():
         assert scales[3:7] == [0, 0, 0, 0] and scales[7:] == [127, 255, 255]
 
 
+@pytest.mark.parametrize("rule", ["floor", "nearest"])
+def test_a_multiplier_of_a_power_of_two_moves_every_scale_by_it_and_others_some(rule):
+    x = torch.randn(64, 320, generator=torch.Generator().manual_seed(0))
+
+    def scales(multiplier):
+        spec = GemmSpec("mxfp4", rule, 32, "none", multiplier=multiplier)
+        return define(x, spec, dtype=torch.uint8)[1].int()
+
+    for multiplier, change in ((1., 0), (2., 1), (.25, -2)):
+        assert torch.equal(scales(multiplier), scales(1.) + change)
+    for multiplier, change in ((.84, -1), (1.2, 1)):
+        moved = scales(multiplier) - scales(1.)
+        assert set(moved.unique().tolist()) == {0, change}
+        # The deviations of the blocks of a matrix spread over a part of an octave.
+        assert .02 < (moved != 0).float().mean() < .98
+
+
 @pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("rule", SCALE_RULES["mxfp4"])
 def test_a_packed_operand_has_the_values_of_one_that_is_not_packed(rule, square):
@@ -161,12 +178,17 @@ def is_allowed(spec):
         return False
 
 
+# QuEST's rules with a multiplier, which no row of the table has.
+MULTIPLIED = [(GemmSpec("mxfp4", "floor", 32, "none", multiplier=.84), False),
+              (GemmSpec("mxfp4", "nearest", 64, "before", "eden", multiplier=1.2), False)]
+
+
 def named(quantisers):
     return {columns_name(*quantiser): quantiser for quantiser in quantisers}
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TABLE = named(quantisers_of_the_table())
+TABLE = named([*quantisers_of_the_table(), *MULTIPLIED])
 OTHERS = {name: quantiser for name, quantiser in named(other_quantisers()).items()
           if name not in TABLE}
 # To compile and simulate all takes two cores two minutes. So without a GPU every other one of those
@@ -367,6 +389,7 @@ ROWS["gradients-of-packed"] = fp4.recipe("fp4", format="mxfp4:nvfp4:int4")
 ROWS["absmax"] = fp4.recipe("fp4", scale="absmax")                  # rotated, without a mask
 ROWS["rotation-128"] = fp4.recipe("fp4", rotation="128")
 ROWS["mse-floor"] = fp4.recipe("fp4", scale="mse/floor:pma/absmax34:absmax34")
+ROWS["multiplied"] = fp4.recipe("fp4", multiplier="0.84/1")
 ROWS["mxfp8-mxfp4"] = fp4.recipe("fp4", format="mxfp8/mxfp4:mxfp4:mxfp4/int4")
 # w in squares has a mask and a rotation to undo, which x does not share
 ROWS["squares-of-another-rule"] = fp4.recipe(

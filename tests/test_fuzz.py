@@ -59,7 +59,8 @@ def good_values(field, corpus):
         "sample": ["def", "", "<|endoftext|>"],
     }
     if field.name in AXES:
-        values = list(map(str, AXES[field.name]))
+        words = ["1", "0.84", "0.84/1"] if field.name == "multiplier" else AXES[field.name]
+        values = list(map(str, words))
         return [*values, ",".join(values[:2]), ":".join((values * 3)[:3])]
     return choices.get(field.name, ["1", "2", "4", "300"])
 

@@ -35,7 +35,8 @@ def test_every_scale_rule_of_the_table_has_an_entry_among_the_functions_in_the_s
 def test_which_rows_have_kernels():
     assert {name for name, row in fp4.RECIPES.items() if row.has_kernels} == {
         "fp4", "fp4-sr", "fp4-fwd", "fp4-original"}
-    for axes in (dict(scale="nearest"), dict(rounding="sr"), dict(signs="after"),
+    for axes in (dict(scale="nearest"), dict(multiplier="1"), dict(rounding="sr"),
+                 dict(signs="after"),
                  dict(rotation="32:none:32"), dict(rotation="32:none:none", rounding="sr")):
         assert fp4.recipe("fp4", **axes).has_kernels, axes
     for axes in (dict(scale="mse"), dict(rounding="eden"), dict(signs="none"),
@@ -43,6 +44,7 @@ def test_which_rows_have_kernels():
                  dict(format="int4"), dict(dgrad="off"), dict(wgrad="off"), dict(forward="off"),
                  dict(rounding="nearest:sr:nearest"), dict(scale="floor:pma:pma"),
                  dict(scale="floor/nearest"), dict(scale="floor:absmax34/pma:absmax34"),
+                 dict(multiplier="0.84"), dict(multiplier="1/0.84"),
                  dict(format="mxfp4:mxfp4:mxfp4/mxfp8")):
         assert not fp4.recipe("fp4", **axes).has_kernels, axes
 
@@ -531,7 +533,11 @@ def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_ope
         assert spec.left == spec.left.left == spec.left.right and spec.right == spec.right.right
     row = fp4.recipe("nvfp4", format="nvfp4:nvfp4:mxfp8/mxfp4", rounding="nearest")
     assert row.wgrad.right.rhs == "from_unquantized"
+    row = fp4.recipe("fp4", multiplier="1/0.84", scale="mse/nearest")
+    assert [spec.multiplier for spec in (row.forward.left, row.forward.right)] == [1, .84]
+    assert fp4.recipe("fp4", multiplier="1.0/1") == fp4.RECIPES["fp4"]
     assert label(vars(quartet.parse(["--scale", "mse/floor"]))) == "fp4-mse+floor"
+    assert label(vars(quartet.parse(["--multiplier", "1/0.84"]))) == "fp4-multiplier-1+0.84"
 
 
 @pytest.mark.parametrize("precision, axes, words", [
@@ -567,6 +573,17 @@ def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_ope
      "forward: square blocks of mxfp4 have no rounding eden"),
     ("fp4", dict(scale="mse/floor/mse"),
      "scale 'mse/floor/mse': give one value, or two for the operands, left/right"),
+    ("fp4", dict(scale="mse", multiplier="0.84"),
+     "forward: a multiplier is for the scales floor and nearest, not for mse"),
+    ("fp4", dict(multiplier="1:0.84:1"),
+     "dgrad: a multiplier is for the scales floor and nearest, not for absmax34"),
+    ("fp4", dict(scale="mse/floor", multiplier="0.84/1"),
+     "forward: left operand, a multiplier is for the scales floor and nearest, not for mse"),
+    ("nvfp4", dict(multiplier="0.84"), "forward: a multiplier is for the scales"),
+    ("fp4", dict(multiplier="0.84x"),
+     "multiplier '0.84x': NUMBER '0.84x' is not a number of at least 0.1 and less than 10"),
+    ("fp4", dict(multiplier="1/nan"), "NUMBER 'nan' is not a number of at least 0.1"),
+    ("fp4", dict(multiplier="0"), "NUMBER '0' is not a number of at least 0.1"),
     ("fp4", dict(scale="mse/"),
      "scale '' is not one of floor, nearest, absmax34"),
     ("fp4", dict(rotation="32/64"),
@@ -584,7 +601,7 @@ def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_ope
     ("fp4", dict(wgrad="on:off:on"),
      "wgrad 'on:off:on': give one value"),
     ("fp4", dict(rotations="32"),
-     "rotations '32' is not one of format, scale, rotation"),
+     "rotations '32' is not one of format, scale, multiplier, rotation"),
 ])
 def test_a_combination_without_meaning_is_refused_with_a_sentence_and_exit_code_2(
         precision, axes, words, capsys):
@@ -602,7 +619,7 @@ def test_every_axis_is_a_flag_and_names_the_run():
     settings = quartet.parse(flags)
     assert label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
     assert {f"--{axis}" for axis in fp4.AXES} == {
-        "--format", "--scale", "--rotation", "--signs", "--rounding",
+        "--format", "--scale", "--multiplier", "--rotation", "--signs", "--rounding",
         "--forward", "--dgrad", "--wgrad", "--post_step"}
 
 

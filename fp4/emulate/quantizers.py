@@ -52,6 +52,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
+from ..recipes import QUEST_RULES
 from ..reference import QUEST_SCALE_PER_STD
 
 
@@ -181,11 +182,12 @@ def quest_scale(blocks):
     return variance.double().sqrt().float() * QUEST_SCALE_PER_STD + 1e-8
 
 
-def floor_exponent(blocks): return floor_log2(quest_scale(blocks))
+def floor_exponent(blocks, multiplier):
+    return floor_log2(multiplier * quest_scale(blocks))
 
 
-def nearest_exponent(blocks):
-    best = quest_scale(blocks)
+def nearest_exponent(blocks, multiplier):
+    best = multiplier * quest_scale(blocks)
     below = floor_log2(best)
     return below + (best > pow2(below) * 2 ** .5).int()
 
@@ -206,8 +208,8 @@ def mse_exponent(blocks):
     return smallest + torch.cat(errors, -1).argmin(-1, True).int()
 
 
-# The rules that recipes.SCALE_RULES names. None means that the scale is no power of two; it is
-# found where the format is quantised.
+# The rules that recipes.SCALE_RULES names; those of QUEST_RULES take a multiplier, too. None means
+# that the scale is no power of two; it is found where the format is quantised.
 SCALE_FUNCTIONS = {
     "mxfp4": {
         "floor": floor_exponent,        # the power of two below QuEST's scale
@@ -295,7 +297,9 @@ def block_scale(blocks, spec, grid):
     if spec.format == "int4":
         scale = divide(largest, grid.max_value)
     else:
-        exponent = SCALE_FUNCTIONS[spec.format][spec.scale](blocks)
+        find_exponent = SCALE_FUNCTIONS[spec.format][spec.scale]
+        multiplier = (spec.multiplier,) if spec.scale in QUEST_RULES else ()
+        exponent = find_exponent(blocks, *multiplier)
         overflows = exponent > 127              # QuEST's variance: above about 2**63
         scale = torch.where(overflows, torch.nan, pow2(exponent))
     scale = torch.where(largest == 0, 1., scale)

@@ -7,7 +7,8 @@ The columns are macros, and become constants. This file and those that include i
 each GemmSpec anew, so that a quantiser holds only what its columns ask for:
 
     -DCOLUMN_FORMAT=nvfp4 -DCOLUMN_SCALE=absmax -DCOLUMN_ROTATION=128 -DCOLUMN_SIGNS=before
-    -DCOLUMN_ROUNDING=eden -DCOLUMN_SQUARE=0 -DCOLUMN_NAME=nvfp4_absmax_128_before_eden
+    -DCOLUMN_ROUNDING=eden -DCOLUMN_MULTIPLIER=1.0 -DCOLUMN_SQUARE=0
+    -DCOLUMN_NAME=nvfp4_absmax_128_before_eden
 
 A lane owns 32 neighbours of a row, and 32 lanes work together. On a GPU they are the threads of a
 warp. On a CPU they lie side by side, v[i][w] being element i of lane w, and the compiler makes
@@ -46,6 +47,7 @@ constexpr Scale SCALE = Scale::COLUMN_SCALE;
 constexpr int ROTATION = COLUMN_ROTATION;
 constexpr Signs SIGNS = Signs::COLUMN_SIGNS;
 constexpr Rounding ROUNDING = Rounding::COLUMN_ROUNDING;
+constexpr float MULTIPLIER = COLUMN_MULTIPLIER;        // of QuEST's scale
 constexpr bool IS_SQUARE = COLUMN_SQUARE;
 
 constexpr bool IS_NVFP4 = FORMAT == Format::nvfp4;
@@ -440,8 +442,9 @@ HOST_DEVICE void find_scales(const Values<Lanes>& v, PerLane<Lanes>& scale) {
     if (FORMAT == Format::int4) {
       scale[w] = top / 7;
     } else if (IS_QUEST) {
-      finite = finite && is_finite(quest[w]);
-      scale[w] = scale_pow2(quest_exponent(quest[w], SCALE == Scale::nearest));
+      const float best = quest[w] * MULTIPLIER;
+      finite = finite && is_finite(best);
+      scale[w] = scale_pow2(quest_exponent(best, SCALE == Scale::nearest));
     } else if (SCALE == Scale::mse) {
       scale[w] = scale_pow2(best[w]);
     } else {

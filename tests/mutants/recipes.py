@@ -245,6 +245,8 @@ MUTANTS = [
     Mutant("four-six is allowed with any rounding", AXES,
            'if spec.rounding != "nearest" and spec.scale == "four-six":',
            'if False and spec.scale == "four-six":', REFUSED),
+    Mutant("a multiplier is allowed for any scale rule", AXES,
+           "if spec.multiplier != 1 and spec.scale not in QUEST_RULES:", "if False:", REFUSED),
     Mutant("what stands right of a slash is for the left operand, too", AXES,
            'change_operand(name, spec.left, axis, left)',
            'change_operand(name, spec.left, axis, right or left)', SLASH),
