@@ -42,8 +42,8 @@ SYNONYMS = {
     "sr": "stochastic",
 }
 # The products that a single value changes; three values are for forward, dgrad and wgrad. So one
-# rounding is that of the backward products. Forward, eden needs random signs there too: --rounding
-# eden:eden:eden --signs before:before:before.
+# rounding is that of the backward products, and EDEN in the forward product alone is --rounding
+# eden:nearest:nearest.
 CHANGES = {
     "format":   ("forward", "dgrad", "wgrad"),
     "scale":    ("forward",),
@@ -188,7 +188,9 @@ def validate(product_name, spec):
               f"random signs {spec.signs} a rotation need a rotation")
 
     is_eden = spec.rounding == "eden"
-    refuse_if(is_eden and spec.signs != "before",
+    # The forward product can do with a bias: it wants the least error.
+    wants_no_bias = product_name != "forward"
+    refuse_if(is_eden and wants_no_bias and spec.signs != "before",
               "rounding eden is unbiased only behind a random rotation: signs before")
     refuse_if(is_eden and spec.rhs == "square_blocks" and spec.right.format != "nvfp4",
               f"square blocks of {spec.right.format} have no rounding eden")
@@ -217,9 +219,9 @@ def validate_post_step(precision, word, forward):
         return
     check(forward is not None,
           f"post_step {name} needs a quantised forward product, and {precision} has none")
-    check(forward.rounding == "nearest" and forward.signs == "none",
-          f"post_step {name} needs a grid that stays: a forward product that rounds to nearest, "
-          "without random signs")
+    check(forward.right.is_fixed,
+          f"post_step {name} needs a grid that stays: a forward product without random signs and "
+          "random rounding")
 
 
 def variant_name(precision, axes):

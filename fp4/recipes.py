@@ -29,7 +29,10 @@ class GemmSpec(NamedTuple):
     rotation    how many neighbours along the sum a Hadamard matrix rotates; 0 is no rotation
     signs       random signs "before" the rotation, "after" it (where they have no effect), "none"
     rounding    "nearest", "stochastic", or "eden": to nearest, and then the block's scale (nvfp4)
-                or the whole row (other formats) is multiplied by a factor that removes the bias
+                or the whole row (other formats) is multiplied by a factor that removes the bias,
+                if the rotation is random. In the forward product it may be fixed: there the factor
+                only undoes that rounding makes the row shorter (2505.14669's authors have trained
+                so, "Eden32", with less loss than with QuEST, and have not published how)
     rhs         what happens to the right operand, which is w, w.T or x.T:
                   "requantize"        it is quantised as the left one. In dgrad and wgrad it is the
                                       already quantised w or x that is quantised once more
@@ -70,6 +73,18 @@ class GemmSpec(NamedTuple):
             scale=self.rhs_scale or self.scale,
             multiplier=self.rhs_multiplier or self.multiplier,
             rounding="nearest" if self.rhs == "from_unquantized" else self.rounding)
+
+    @property
+    def is_random(self):
+        """Says whether noise rounds an operand, this spec's. EDEN needs it for the scales of NVFP4
+        alone."""
+        is_eden = self.rounding == "eden"
+        return self.rounding == "stochastic" or is_eden and self.format == "nvfp4"
+
+    @property
+    def is_fixed(self):
+        """Says whether equal operands of this spec always become equal values."""
+        return self.signs == "none" and not self.is_random
 
     @property
     def is_packed(self):

@@ -198,6 +198,13 @@ def absmax34(v, n=32, signs=None, draws=None, factor=1., eden=False):
     return values
 
 
+def eden_quest(v, n=32, signs=None):
+    "-> values, mask: QuEST, and a factor for each row"
+    values, mask = mx(v, "floor", n, signs)
+    rotated = pad(rotate(v, n, signs), 32)
+    return values * rotated.square().sum(1, True) / (rotated * values).sum(1, True), mask
+
+
 def pma(v, n=32, signs=None): return absmax34(v, n, signs, factor=1.009276)
 
 
@@ -691,6 +698,9 @@ CHANGED = [
     ("fp4", dict(format="mxfp4/mxfp8", scale="nearest/absmax"),
      changed_fp4(mxfp4_rule("nearest"), rhs=(mxfp8_, mxfp8, mxfp8))),
     ("mxfp8", dict(format="mxfp8:mxfp8/mxfp4:mxfp4/mxfp8"), unrotated_mixture),
+    ("fp4", dict(rounding="eden:nearest:nearest"), changed_fp4(eden_quest)),
+    ("fp4-fwd", dict(rounding="eden:nearest:nearest", rotation="none"),
+     changed_fp4(eden_quest, unquantized, unquantized, n=(0, 0, 0))),
     ("fp4", dict(multiplier="0.84"), changed_fp4(functools.partial(mx, rule="floor",
                                                                    multiplier=.84))),
     ("fp4", dict(multiplier="1/1.2", scale="floor/nearest"),

@@ -389,6 +389,7 @@ ROWS["gradients-of-packed"] = fp4.recipe("fp4", format="mxfp4:nvfp4:int4")
 ROWS["absmax"] = fp4.recipe("fp4", scale="absmax")                  # rotated, without a mask
 ROWS["rotation-128"] = fp4.recipe("fp4", rotation="128")
 ROWS["mse-floor"] = fp4.recipe("fp4", scale="mse/floor:pma/absmax34:absmax34")
+ROWS["eden-forward"] = fp4.recipe("fp4", rounding="eden:nearest:nearest")
 ROWS["multiplied"] = fp4.recipe("fp4", multiplier="0.84/1")
 ROWS["mxfp8-mxfp4"] = fp4.recipe("fp4", format="mxfp8/mxfp4:mxfp4:mxfp4/int4")
 # w in squares has a mask and a rotation to undo, which x does not share

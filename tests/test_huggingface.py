@@ -111,7 +111,8 @@ def test_the_plain_weight_is_what_the_forward_product_multiplies_rotated_back(sc
     ("fp4", {"rotation": "none"}, .01, .04), ("fp4", {"scale": "absmax34"}, .005, .02),
     ("nvfp4", {}, .005, .015), ("four-over-six", {}, .005, .015), ("mxfp8", {}, 1e-4, 2e-3),
     ("fp8", {}, 1e-4, 2e-3), ("fp4", {"format": "mxfp4/mxfp8"}, 1e-4, 2e-3),
-    ("fp4", {"format": "mxfp8/mxfp4"}, .01, .04)])
+    ("fp4", {"format": "mxfp8/mxfp4"}, .01, .04),
+    ("fp4", {"rounding": "eden:nearest:nearest"}, .01, .04)])
 def test_the_plain_weight_differs_from_the_weight_by_its_rounding(precision, axes, least, most):
     # A Linear would compile its quantiser; without that the definition runs.
     weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
@@ -141,8 +142,9 @@ def test_a_method_without_a_plain_weight_is_refused(precision, why):
 
 def test_signs_that_are_drawn_anew_are_refused():
     recipe = fp4.recipe("fp4", rounding="eden:eden:eden", signs="before:before:before")
-    with pytest.raises(UserError, match="draws new signs each time"):
+    with pytest.raises(UserError, match="draws new signs or noise each time"):
         weights.check_form("bf16", recipe)
+    weights.check_form("bf16", fp4.recipe("fp4", rounding="eden:nearest:nearest"))
 
 
 def test_a_bf16_model_writes_the_same_text_there(tmp_path):

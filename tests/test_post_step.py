@@ -45,7 +45,7 @@ def test_cage_is_its_formula_in_float64(name, word, force):
 ROWS = [("fp4", {}), ("nvfp4", {}), ("mxfp8", {}), ("quartet2", {}), ("fp4-fwd", {}),
         ("fp4", dict(scale="mse")), ("fp4", dict(scale="pma")), ("fp4", dict(rotation="128")),
         ("fp4", dict(format="int4")), ("fp4", dict(scale="mse/floor")),
-        ("fp4", dict(format="mxfp8/mxfp4"))]
+        ("fp4", dict(format="mxfp8/mxfp4")), ("fp4", dict(rounding="eden:nearest:nearest"))]
 
 
 @pytest.mark.parametrize("name, axes", ROWS)
@@ -228,6 +228,8 @@ def test_numbers_may_be_left_out(word, numbers):
     (["--post_step", "cage", "--rounding", "stochastic:nearest:nearest", "--scale", "absmax34"],
      "needs a grid that stays"),
     (["--post_step", "deosc", "--signs", "before:before:before"], "needs a grid that stays"),
+    (["--post_step", "cage", "--format", "nvfp4", "--rounding", "eden:nearest:nearest"],
+     "needs a grid that stays"),
     (["--post_step", "deosc:3:2"], "the first window of deosc ends after step 5, and the run has"
                                    " 4 steps: give a smaller START or PERIOD"),
 ])

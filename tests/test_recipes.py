@@ -58,6 +58,7 @@ ROTATED_CASES = [dict(signs=signs, rotation=rotation, rounding=rounding)
 @pytest.mark.parametrize("name, axes", [
     *((name, {}) for name in EMULATED_COLUMNS),
     *(("fp4", axes) for axes in ROTATED_CASES),
+    ("fp4", dict(rounding="eden:nearest:nearest")),
     ("fp4", dict(scale="mse/absmax")), ("fp4", dict(format="mxfp8/mxfp4", rotation="64")),
 ])
 def test_gradients_are_autograds_when_the_quantiser_is_the_identity(name, axes, monkeypatch):
@@ -407,6 +408,33 @@ def test_agreement_is_the_cosine_and_the_projection_onto_the_exact_gradient(monk
     assert abs(alignment - (9 / 25 + 2) / 2) <= 1e-6
 
 
+@pytest.mark.parametrize("rotation", [0, 32])
+@pytest.mark.parametrize("rule", SCALE_RULES["mxfp4"])
+def test_under_eden_with_a_fixed_rotation_a_row_is_as_long_in_its_own_direction_as_before(
+        rule, rotation):
+    torch.manual_seed(0)
+    v = columns.rotate(torch.randn(64, 320) * 2 ** (4 * torch.rand(64, 1)), rotation)
+    shares = {}
+    for rounding in ("nearest", "eden"):
+        spec = GemmSpec("mxfp4", rule, rotation, "none", rounding)
+        values, factor, _ = quantizers.quantize(v, spec)
+        q = values.double() * factor.double()
+        shares[rounding] = (v * q).sum(1) / v.double().square().sum(1)
+    assert (shares["eden"] - 1).abs().max() <= 1e-6
+    assert (shares["nearest"] - 1).abs().min() > 1e-6
+
+
+def test_a_forward_pass_with_edens_factor_and_a_fixed_rotation_draws_nothing():
+    x, w, _ = make_data()
+    for axes, is_random in ((dict(), False), (dict(format="nvfp4"), True)):
+        row = fp4.recipe("fp4", rounding="eden:nearest:nearest", **axes)
+        state = torch.get_rng_state()
+        results = [matmul.forward(x, w, row)[0] for _ in range(2)]
+        assert torch.equal(*results) != is_random
+        assert torch.equal(state, torch.get_rng_state()) != is_random
+        assert row.forward.is_fixed != is_random
+
+
 def test_eden_takes_the_shrinkage_away_and_pma_most_of_it():
     def shrinkage(**columns):
         return quant_error.gaussian_error(GemmSpec(**columns), n_sigmas=4)[1]
@@ -511,6 +539,9 @@ def test_a_value_changes_the_products_it_belongs_to_and_three_values_all():
     assert column(fp4.recipe("fp4", rounding="eden"), "rounding") == ["nearest", "eden", "eden"]
     row = fp4.recipe("fp4", rounding="eden:eden:eden", signs="before:before:before")
     assert column(row, "rounding") == ["eden"] * 3
+    row = fp4.recipe("fp4", rounding="eden:nearest:nearest")
+    assert row == fp4.RECIPES["fp4"]._replace(
+        forward=fp4.RECIPES["fp4"].forward._replace(rounding="eden"))
 
 
 def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_operand():
@@ -547,8 +578,8 @@ def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_ope
      "dgrad: random signs before a rotation need a rotation"),
     ("fp4", dict(rounding="eden", signs="after"),
      "dgrad: rounding eden is unbiased only behind a random rotation"),
-    ("fp4", dict(rounding="eden:eden:eden"),
-     "forward: rounding eden is unbiased only behind a random rotation"),
+    ("fp4", dict(rounding="eden:nearest:eden", signs="none"),
+     "wgrad: rounding eden is unbiased only behind a random rotation"),
     ("fp4", dict(rounding="sr:sr:sr"),
      "forward: stochastic rounding is unbiased only where the scale neither clips nor corrects, "
      "and floor of mxfp4 does"),

@@ -95,7 +95,7 @@ def quantize_by_definition(x, scales, factor, signs, seed, transposed, dtype, sp
         v = v * factor
     rotated = rotate_for(pad_to_blocks(v.T if transposed else v, spec), spec, signs)
     noise = None
-    if spec.rounding != "nearest":
+    if spec.is_random:
         noise = (reference.noise(seed, rotated.numel()).view_as(rotated) + .5) / 256
     if dtype == torch.uint8:
         values, scales, factor, mask = quantize_packed(rotated, spec, noise, square)
@@ -239,7 +239,7 @@ def quantize_operand(
     operand_format      of what is packed: one of FORMATS. Tiles need a kernel (is_compiled) and a
                 GPU; a right operand in tiles is transposed
     signs       int64 [SIGN_WORDS], or None where spec has none
-    seed        int64 [1], or None where spec rounds to nearest
+    seed        int64 [1], or None unless spec.is_random
     dtype       of the values: float32 or bfloat16; uint8 packs them, which MXFP4 allows
     returns     values [R, K padded] in dtype, scales [0], factor float32 [1, 1] or [R, 1], mask
                 int32 [R, K padded / 32] or [0]. Packed: codes uint8 [R, K padded / 2] and scales

@@ -168,7 +168,7 @@ def draw_signs_and_seeds(dy, nonce, specs):
 
     Nothing is drawn where nothing is random: the signs, and each such seed, are then None.
     """
-    is_random = [spec is not None and spec.rounding != "nearest" for spec in specs]
+    is_random = [spec is not None and spec.is_random for spec in specs]
     has_signs = any(spec is not None and spec.signs != "none" for spec in specs)
     if not has_signs and not any(is_random):
         return None, [None] * len(specs)

@@ -35,7 +35,8 @@ Three ways of rounding:
     nearest      ties go to the even neighbour; the smallest error, but numbers shrink on average
     stochastic   up or down with probabilities that make the mean exact; more than twice the error
     eden         to nearest, then times S = <v, v> / <v, q>. Behind a random rotation that is
-                 unbiased too, at almost the error of nearest
+                 unbiased too, at almost the error of nearest. Without one it is not, but q is as
+                 long in the direction of v as v is
 
 A quantiser takes v [R, K] in float32 and returns values, factor and mask, with v ~= values *
 factor. The factor, [1, 1] or [R, 1], is what a format holds beside its blocks: the float32 scale of
@@ -250,7 +251,7 @@ def quantize_blocks(v, spec, noise, square):
 
     scale = block_scale(blocks, spec, grid)
     u = blocks / scale * gain_of(spec)
-    elements = to_grid(u, grid, None if is_eden else noise)
+    elements = to_grid(u, grid, noise)
 
     mask = None
     if spec.scale in CLIPS_ON_PURPOSE:
@@ -383,7 +384,7 @@ def quantize(v, spec, noise=None, square=False):
     """Quantises v as a GemmSpec says.
 
     v           [R, K]  float32, K a multiple of the format's block
-    noise       [R, K]  numbers of [0, 1), or None where spec.rounding is "nearest"
+    noise       [R, K]  numbers of [0, 1), or None unless spec.is_random
     square      whether blocks are square
     returns     values [R, K], factor [1, 1] or [R, 1], mask [R, K] or None
     """

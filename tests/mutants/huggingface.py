@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant("every method has a plain weight", WEIGHTS, 'check(recipe.method in ("", "fp8"),',
            "check(True,", T + "test_a_method_without_a_plain_weight_is_refused"),
     Mutant("signs that are drawn anew are taken for none", WEIGHTS,
-           'forward is None or forward.signs == "none"', 'True or forward.signs == "none"',
+           "forward is None or forward.right.is_fixed", "True or forward.right.is_fixed",
            T + "test_signs_that_are_drawn_anew_are_refused"),
     Mutant("a missing package is a traceback", MAIN, 'check(find_spec("safetensors"),',
            "check(True,", T + "test_without_safetensors_a_sentence_says_what_to_install"),

@@ -40,9 +40,9 @@ def check_form(form, recipe):
     check(recipe.method in ("", "fp8"),
           f"no plain weight does what the forward product of {recipe.method} does: export a model "
           f"of another precision")
-    check(forward is None or forward.signs == "none" and forward.rounding == "nearest",
-          "the forward product of this model draws new signs each time, so that no fixed weight "
-          "does what it does: export a model without them")
+    check(forward is None or forward.right.is_fixed,
+          "the forward product of this model draws new signs or noise each time, so that no fixed "
+          "weight does what it does: export a model without them")
 
 
 # ---- config.json
