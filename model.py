@@ -144,8 +144,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = swiglu_width(config.n_embd)
         self.gate_up = linear(config.n_embd, 2 * hidden)
-        # The input of proj is cheap to compute again, from gate and up.
-        self.proj = linear(hidden, config.n_embd, recompute=True)
+        # The input of proj is cheap to compute again, from gate and up. It is what --down_input
+        # means: products of two numbers, with large outliers.
+        self.proj = linear(hidden, config.n_embd, recompute=True, is_down=True)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)

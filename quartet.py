@@ -99,8 +99,8 @@ class Settings:
 
     # Changes to the precision's row, which fp4/axes.py explains: six columns, with one value or
     # three for forward:dgrad:wgrad, some also for the left/right operand; three products to switch
-    # on or off; and what acts on the weights between steps, such as cage or cage:10:0.8. A comma
-    # list makes an ablation here, too.
+    # on or off; what acts on the weights between steps, such as cage or cage:10:0.8; and the format
+    # of the inputs of down projections. A comma list makes an ablation here, too.
     format: str = axis_flag("format")
     scale: str = axis_flag("scale")
     multiplier: str = axis_flag("multiplier")
@@ -111,6 +111,7 @@ class Settings:
     dgrad: str = axis_flag("dgrad")
     wgrad: str = axis_flag("wgrad")
     post_step: str = axis_flag("post_step")
+    down_input: str = axis_flag("down_input")
 
     @property
     def folder(self):

@@ -13,15 +13,15 @@ one. In the forward product these are the activations and the weights:
 """
 from .check import check
 from .recipes import (
-    ABSMAX, POST_STEPS, QUEST, QUEST_RULES, RECIPES, SCALE_RULES, Number, Recipe, parse_number,
-    parse_post_step)
+    ABSMAX, DOWN_INPUTS, PER_OPERAND, POST_STEPS, QUEST, QUEST_RULES, RECIPES, SCALE_RULES, Number,
+    Recipe, parse_number, parse_post_step)
 
 ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)
 
 MULTIPLIER = Number("NUMBER", 1., .1, 10)       # Beyond, most values would clip or be zeros.
 
 # What a run can change in its row, each an axis of an ablation: six columns, with their values;
-# three switches, which quantise a product or leave it out; and the column of the whole row.
+# three switches, which quantise a product or leave it out; and the two columns of the whole row.
 AXES = {
     "format":   tuple(SCALE_RULES),
     "scale":    (*ALL_SCALE_RULES, "quest-floor", "quest-nearest"),
@@ -33,6 +33,7 @@ AXES = {
     "dgrad":    ("on", "off"),
     "wgrad":    ("on", "off"),
     "post_step": tuple(POST_STEPS),
+    "down_input": DOWN_INPUTS,
 }
 # Other names for some of the values.
 SYNONYMS = {
@@ -52,7 +53,6 @@ CHANGES = {
     "signs":    ("dgrad", "wgrad"),
     "rounding": ("dgrad", "wgrad"),
 }
-PER_OPERAND = ("format", "scale", "multiplier")
 # What a product becomes when it is switched on, and when it changes to format mxfp4.
 DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
 
@@ -85,7 +85,10 @@ def recipe(precision, **axes):
             validate(name, spec)
     post_step = axes.get("post_step", row.post_step)
     validate_post_step(precision, post_step, products["forward"])
-    return Recipe(*products.values(), row.method, post_step)
+    down_input = axes.get("down_input", row.down_input)
+    changed = Recipe(*products.values(), row.method, post_step, down_input)
+    validate_down_input(precision, changed)
+    return changed
 
 
 def check_value(axis, value):
@@ -144,8 +147,8 @@ def change_product(name, spec, axis, value):
     if axis not in PER_OPERAND:
         return spec._replace(**{axis: SYNONYMS.get(value, value)})
     left, _, right = value.partition("/")
-    return with_operands(spec, change_operand(name, spec.left, axis, left),
-                         change_operand(name, spec.right, axis, right or left))
+    return spec.with_operands(change_operand(name, spec.left, axis, left),
+                              change_operand(name, spec.right, axis, right or left))
 
 
 def change_operand(name, spec, axis, value):
@@ -155,16 +158,6 @@ def change_operand(name, spec, axis, value):
     if axis == "format" and spec.scale not in SCALE_RULES[value]:
         rule = DEFAULTS[name].scale if value == "mxfp4" else SCALE_RULES[value][0]
         spec = spec._replace(scale=rule)
-    return spec
-
-
-def with_operands(spec, left, right):
-    """Returns a product whose operands have the columns of two specs of one operand."""
-    for column in PER_OPERAND:
-        value = getattr(left, column)
-        rhs_value = getattr(right, column)
-        difference = None if rhs_value == value else rhs_value
-        spec = spec._replace(**{column: value, f"rhs_{column}": difference})
     return spec
 
 
@@ -224,6 +217,18 @@ def validate_post_step(precision, word, forward):
           "random rounding")
 
 
+def validate_down_input(precision, row):
+    """Raises ValueError unless the forward product has an input whose format can change."""
+    word = row.down_input
+    if word == "none":
+        return
+    check(row.forward is not None,
+          f"down_input {word} needs a quantised forward product, and {precision} has none")
+    check(row.forward.left.format != word,
+          f"down_input {word} changes nothing where the input of every layer has this format")
+    validate("forward", row.down.forward)
+
+
 def variant_name(precision, axes):
     """Returns the name of a row with changed axes, such as "fp4-nearest-rotation-128".
 
@@ -236,7 +241,9 @@ def variant_name(precision, axes):
         if not value:
             continue
         value = value.replace("/", "+")
-        axes_with_value = sum(value in choices for choices in AXES.values())
+        # Without down_input, whose values are formats, too.
+        axes_with_value = sum(value in AXES[other] for other in AXES if other != "down_input")
         is_clear = axis == "scale" or (not value.isdigit() and axes_with_value == 1)
+        is_clear = is_clear and axis != "down_input"
         parts.append(value if is_clear else f"{axis}-{value}")
     return "-".join(parts)

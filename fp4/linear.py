@@ -141,13 +141,15 @@ class Linear(nn.Linear):
                 backward pass computes and quantises x once more, from what other layers keep,
                 and this layer keeps neither x nor xq. It has no effect otherwise
     bias        whether a bias, which is not quantised, is added to the product
+    is_down     whether recipe.down is its row: for an input that is hard to quantise
 
     Raises ValueError unless both feature counts are multiples of 32 (of 16 if the recipe is
     emulated, and any number if nothing is quantised).
     """
 
     def __init__(self, in_features, out_features, recipe, recompute=False, backend=None,
-                 bias=False):
+                 bias=False, is_down=False):
+        recipe = recipe.down if is_down else recipe
         recipe.check_features(in_features, out_features)
         super().__init__(in_features, out_features, bias=bias)
         self.recipe = recipe

@@ -5,8 +5,9 @@ A linear layer computes three matrix products: forward y = x w.T, dgrad dx = dy 
 dy.T x. A row says for each of them how its two operands are quantised along the axis that is summed
 over. None leaves a product unquantised; where the forward product is quantised, dgrad and wgrad
 still read its quantised w and x. The columns of a row are the fields of GemmSpec, once for each
-product. One column belongs to the whole row: post_step, what acts on the weights between two
-optimizer steps (post_step.py). A run can change the columns of its row: axes.py.
+product. Two columns belong to the whole row: post_step, what acts on the weights between two
+optimizer steps (post_step.py), and down_input, a format for the input of the layers that suffer
+most. A run can change the columns of its row: axes.py.
 
 A row whose numbers the MXFP4 kernels compute runs on them (has_kernels). For any other row that has
 columns, a kernel that is compiled for them quantises the operands (emulate/matmul.py). The MXFP4
@@ -19,6 +20,9 @@ import math
 from typing import NamedTuple
 
 from .check import check
+
+
+PER_OPERAND = ("format", "scale", "multiplier")     # the columns that can differ in a product
 
 
 class GemmSpec(NamedTuple):
@@ -74,6 +78,16 @@ class GemmSpec(NamedTuple):
             multiplier=self.rhs_multiplier or self.multiplier,
             rounding="nearest" if self.rhs == "from_unquantized" else self.rounding)
 
+    def with_operands(self, left, right):
+        """Returns the spec of a product whose operands have the PER_OPERAND columns of these."""
+        spec = self
+        for column in PER_OPERAND:
+            value = getattr(left, column)
+            rhs_value = getattr(right, column)
+            difference = None if rhs_value == value else rhs_value
+            spec = spec._replace(**{column: value, f"rhs_{column}": difference})
+        return spec
+
     @property
     def is_random(self):
         """Says whether noise rounds an operand, this spec's. EDEN needs it for the scales of NVFP4
@@ -99,6 +113,24 @@ class Recipe(NamedTuple):
     wgrad: GemmSpec = None
     method: str = ""                # emulate/fp8.py, emulate/baselines.py
     post_step: str = "none"         # one of POST_STEPS, with its numbers: "cage:10:0.8"
+    down_input: str = "none"        # the format of the input of some layers: see `down`
+
+    @property
+    def down(self):
+        """The row as it is for the layers that a model names, Linear(is_down=True): their input has
+        the format down_input in the forward product, and their weight that of the row.
+
+        This is selective precision: 2505.14302 finds that quantising the input of the down
+        projection of a feed-forward layer (FC2) costs the most of all where weights and activations
+        have 4 bits, and gives this input 8. Both operands rotate as the row says.
+        """
+        if self.down_input == "none":
+            return self
+        forward = self.forward.with_operands(
+            self.forward.left._replace(
+                format=self.down_input, scale=SCALE_RULES[self.down_input][0], multiplier=1.),
+            self.forward.right)
+        return self._replace(forward=forward, down_input="none")
 
     @property
     def has_kernels(self):
@@ -144,7 +176,8 @@ class Recipe(NamedTuple):
                   f"the first window of deosc ends after step {start + period}, and the run has "
                   f"{steps} steps: give a smaller START or PERIOD, deosc:START:PERIOD:RATIO")
         if is_sharded:
-            self.check_sharded()
+            for row in (self, self.down):
+                row.check_sharded()
 
     def check_sharded(self):
         """Raises ValueError if post_step needs more than the rows of a weight that a process has.
@@ -265,6 +298,9 @@ class Number(NamedTuple):
     least: int | float
     most: int | float               # Most itself is too much.
 
+
+# The formats that down_input can have.
+DOWN_INPUTS = ("none", "mxfp8")
 
 # What acts on the weights after each optimizer step, and its numbers in their order. post_step.py
 # says what they mean, and where the defaults come from.

@@ -91,8 +91,12 @@ def replace_linears(model, recipe, keep=()):
     keep        names of layers, as model.named_modules() has them, that stay as they are; the name
                 of a module keeps all that is inside it
     Returns the names of the layers that were replaced. Raises ValueError, before it replaces any,
-    if a layer does not fit the recipe, if keep names nothing, or if nothing is left to replace.
+    if a layer does not fit the recipe, if keep names nothing, if nothing is left to replace, or if
+    the recipe has a down_input, because nobody says which layers that is for.
     """
+    check(recipe.down == recipe,
+          f"down_input {recipe.down_input} is for layers that a model makes with is_down=True, and "
+          "replace_linears makes none")
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in keep:
         check(name in names, f"keep: the model has no module {name!r}")

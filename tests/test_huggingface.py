@@ -264,7 +264,8 @@ def test_transformers_understands_the_config_of_fpquant(tmp_path):
 
 @pytest.mark.parametrize("precision, axes", [
     ("bf16", {}), ("fp4-bwd", {}), ("fp4", {"scale": "nearest"}), ("fp4", {"rotation": "64"}),
-    ("nvfp4", {}), ("fp8", {}), ("fp4", {"scale": "mse/floor"})])
+    ("nvfp4", {}), ("fp8", {}), ("fp4", {"scale": "mse/floor"}),
+    ("fp4", {"down_input": "mxfp8"})])
 def test_only_quartets_forward_product_has_the_forms_of_fpquant(precision, axes):
     for form in ("fpquant", "fpquant-pseudo"):
         with pytest.raises(UserError, match="is for the forward product of fp4 .* --form bf16"):

@@ -625,6 +625,16 @@ def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_ope
      "fp4-fwd has no quantised product whose rounding could change"),
     ("luq-int4", dict(format="mxfp4"),
      "luq-int4 is a method of its own and has no format to change"),
+    ("fp4", dict(down_input="int4"), "down_input 'int4' is not one of none, mxfp8"),
+    ("fp4", dict(down_input="mxfp8:none:none"), "give one value"),
+    ("bf16", dict(down_input="mxfp8"),
+     "down_input mxfp8 needs a quantised forward product, and bf16 has none"),
+    ("fp4", dict(down_input="mxfp8", forward="off"), "needs a quantised forward product"),
+    ("luq-int4", dict(down_input="mxfp8"), "has no down_input to change"),
+    ("mxfp8", dict(down_input="mxfp8"),
+     "down_input mxfp8 changes nothing where the input of every layer has this format"),
+    ("fp4", dict(down_input="mxfp8", scale="absmax34", rounding="sr:nearest:nearest"),
+     "forward: left operand, stochastic rounding is unbiased only where the scale neither clips"),
     ("fp4", dict(rotation="32:64"),
      "rotation '32:64': give one value or three, forward:dgrad:wgrad"),
     ("fp4", dict(rotation="48"),
@@ -651,7 +661,65 @@ def test_every_axis_is_a_flag_and_names_the_run():
     assert label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
     assert {f"--{axis}" for axis in fp4.AXES} == {
         "--format", "--scale", "--multiplier", "--rotation", "--signs", "--rounding",
-        "--forward", "--dgrad", "--wgrad", "--post_step"}
+        "--forward", "--dgrad", "--wgrad", "--post_step", "--down_input"}
+    for flag, name in (("--format", "fp4-mxfp8"), ("--down_input", "fp4-down_input-mxfp8")):
+        assert label(vars(quartet.parse([flag, "mxfp8"]))) == name
+
+
+def test_down_input_changes_the_row_of_the_layers_that_are_down_and_no_other():
+    plain = fp4.RECIPES["fp4"]
+    row = fp4.recipe("fp4", down_input="mxfp8")
+    assert row._replace(down_input="none") == plain and row.has_kernels
+    assert row.down == fp4.recipe("fp4", format="mxfp8/mxfp4:mxfp4:mxfp4")  # which has a statement
+    assert not row.down.has_kernels and row.down.has_packed_products
+    assert plain.down == plain and fp4.recipe("fp4", down_input="none") == plain
+    squares = fp4.recipe("nvfp4", down_input="mxfp8")
+    assert squares.down.forward.rhs == "square_blocks"
+    assert (squares.down.forward.left.format, squares.down.forward.right.format) == (
+        "mxfp8", "nvfp4")
+    mixed = fp4.recipe("fp4", scale="mse/floor", down_input="mxfp8").down.forward
+    assert (mixed.left.scale, mixed.right.scale) == ("absmax", "floor")
+    times = fp4.recipe("fp4", multiplier="0.84", rounding="eden:nearest:nearest",
+                       down_input="mxfp8").down.forward
+    assert (times.left.multiplier, times.right.multiplier) == (1, .84)
+    assert times.left.rounding == times.right.rounding == "eden"
+
+
+def test_only_the_down_projections_of_quantised_blocks_leave_the_kernels_for_down_input():
+    row = fp4.recipe("fp4", down_input="mxfp8", post_step="cage")
+    config = ModelConfig(n_layer=2, n_embd=64, n_head=1, vocab_size=64, block_size=32)
+    model = Llama(config, row, torch.float32, keep_first=1)
+    recipes = {name: layer.recipe for name, layer in model.named_modules()
+               if isinstance(layer, fp4.Linear)}
+    assert {recipe for name, recipe in recipes.items() if name[:8] == "blocks.0"} == {
+        fp4.RECIPES["bf16"]}
+    assert recipes.pop("blocks.1.mlp.proj") == row.down
+    assert [name for name, recipe in recipes.items() if recipe.has_kernels] == [
+        "blocks.1.attention.qkv", "blocks.1.attention.proj", "blocks.1.mlp.gate_up"]
+    model(torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 32, dtype=torch.long)).backward()
+    fp4.quantize_weights(model)
+    fp4.post_step_of(model)(.01, 9, 10)
+    with pytest.raises(ValueError, match="a sharded model cannot have post_step cage"):
+        row.check_run(10, True)                 # The down projections have no kernels.
+    row.check_run(10, False)
+
+
+def test_a_run_with_down_input_goes_on_where_it_was_stopped(corpus, tmp_path, capsys):
+    def run(*flags):
+        args = ["--size", "tiny", "--batch", "2", "--seq", "32", "--eval_every", "2", "--data",
+                corpus, "--out", tmp_path, "--sample_tokens", "0", "--lr", "0.001", *flags]
+        assert quartet.run_cli(list(map(str, args))) == 0, capsys.readouterr().err
+
+    def losses(name): return [line.split(",")[1] for line in
+                              (tmp_path / name / "log.csv").read_text().splitlines()
+                              if line[:1].isdigit()]
+
+    run("--steps", 4, "--down_input", "none,mxfp8", "--name", "r")
+    plain, down = losses("r-fp4-down_input-none"), losses("r-fp4-down_input-mxfp8")
+    assert len(down) == 4 and plain[0] != down[0]
+    run("--steps", 2, "--down_input", "mxfp8", "--name", "half")
+    run("--steps", 4, "--down_input", "mxfp8", "--name", "half", "--resume", "--allow_changes")
+    assert losses("half")[0] == down[0] and len(losses("half")) == 4
 
 
 # ---- emulation and kernels

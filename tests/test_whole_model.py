@@ -96,6 +96,8 @@ def test_what_cannot_be_replaced_is_refused_by_name_and_nothing_is_replaced():
     with pytest.raises(ValueError, match="^first has hooks, which would be lost"):
         fp4.replace_linears(model, recipe, keep=["head"])
     handle.remove()
+    with pytest.raises(ValueError, match="^down_input mxfp8 is for layers that a model makes with"):
+        fp4.replace_linears(model, fp4.recipe("fp4", down_input="mxfp8"), keep=["head"])
     assert is_unchanged(model)
     kept = fp4.replace_linears(model, recipe, keep=["head", "blocks", "again"])
     assert kept == ["first", "same", "tied"]

@@ -82,7 +82,8 @@ MUTANTS = [
            T + "layers_that_are_replaced_have_their_state_where_their_weights_are"),
 
     # ---- the column, and the run
-    Mutant("the column changes nothing", AXES, "row.method, post_step)", "row.method)", NONE),
+    Mutant("the column changes nothing", AXES,
+           "row.method, post_step, down_input)", "row.method)", NONE),
     Mutant("a row without a grid is let through", AXES,
            "    check(forward is not None,\n", "    check(True,\n", REFUSED),
     Mutant("a grid that is drawn anew is let through", TABLE,

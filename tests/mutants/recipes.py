@@ -6,6 +6,9 @@ AXES = "fp4/axes.py"
 RECIPES = "tests/test_recipes.py::test_"
 REFUSED = RECIPES + "a_combination_without_meaning_is_refused_with_a_sentence_and_exit_code_2"
 BELONGS = RECIPES + "a_value_changes_the_products_it_belongs_to_and_three_values_all"
+DOWN_ROW = RECIPES + "down_input_changes_the_row_of_the_layers_that_are_down_and_no_other"
+DOWN_LAYERS = RECIPES + (
+    "only_the_down_projections_of_quantised_blocks_leave_the_kernels_for_down_input")
 SLASH = RECIPES + "what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_operand"
 
 
@@ -271,4 +274,22 @@ MUTANTS = [
     Mutant("the name of a run leaves out which axis a number belongs to", AXES,
            'is_clear = axis == "scale" or (not value.isdigit() and axes_with_value == 1)',
            "is_clear = True", RECIPES + "every_axis_is_a_flag_and_names_the_run"),
+
+    # ---- down_input
+    Mutant("the weight of a down projection has the format of its input", TABLE,
+           "                format=self.down_input, scale=SCALE_RULES[self.down_input][0], "
+           "multiplier=1.),\n            self.forward.right)",
+           "                format=self.down_input, scale=SCALE_RULES[self.down_input][0], "
+           "multiplier=1.),\n            self.forward.left)", DOWN_ROW),
+    Mutant("the down projection has the row of the other layers", "fp4/linear.py",
+           "recipe.down if is_down else recipe", "recipe", DOWN_LAYERS),
+    Mutant("every layer is a down projection", "fp4/linear.py",
+           "recipe.down if is_down else recipe", "recipe.down", DOWN_LAYERS),
+    Mutant("the input of gate and up is meant", "model.py",
+           "recompute=True, is_down=True)", "recompute=True)", DOWN_LAYERS),
+    Mutant("only the other layers are asked whether they can be sharded", TABLE,
+           "for row in (self, self.down):", "for row in (self,):", DOWN_LAYERS),
+    Mutant("a row without forward product takes down_input", AXES,
+           "    check(row.forward is not None,\n", "    if row.forward is None:\n"
+           "        return\n    check(True,\n", REFUSED),
 ]

@@ -34,7 +34,7 @@ def check_form(form, recipe):
     """Raises UserError if a model of this recipe has no such form."""
     forward = recipe.forward
     if form != "bf16":
-        check(forward == QUEST and not recipe.method,
+        check(forward == QUEST and recipe.down == recipe and not recipe.method,
               f"form {form} is for the forward product of fp4 (rotation 32, scale floor), and this "
               f"model has another one: take --form bf16")
     check(recipe.method in ("", "fp8"),
