@@ -97,7 +97,7 @@ class Settings:
     sample: str = flag(None, "do not train: continue this text with the run's checkpoint")
     sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
 
-    # Changes to the precision's row, which fp4/axes.py explains: six columns, with one value or
+    # Changes to the precision's row, which fp4/axes.py explains: seven columns, with one value or
     # three for forward:dgrad:wgrad, some also for the left/right operand; three products to switch
     # on or off; what acts on the weights between steps, such as cage or cage:10:0.8; and the format
     # of the inputs of down projections. A comma list makes an ablation here, too.
@@ -107,6 +107,7 @@ class Settings:
     rotation: str = axis_flag("rotation")
     signs: str = axis_flag("signs")
     rounding: str = axis_flag("rounding")
+    mean_split: str = axis_flag("mean_split")
     forward: str = axis_flag("forward")
     dgrad: str = axis_flag("dgrad")
     wgrad: str = axis_flag("wgrad")

@@ -20,7 +20,7 @@ ALL_SCALE_RULES = dict.fromkeys(rule for rules in SCALE_RULES.values() for rule 
 
 MULTIPLIER = Number("NUMBER", 1., .1, 10)       # Beyond, most values would clip or be zeros.
 
-# What a run can change in its row, each an axis of an ablation: six columns, with their values;
+# What a run can change in its row, each an axis of an ablation: seven columns, with their values;
 # three switches, which quantise a product or leave it out; and the two columns of the whole row.
 AXES = {
     "format":   tuple(SCALE_RULES),
@@ -29,6 +29,7 @@ AXES = {
     "rotation": ("none", "16", "32", "64", "128"),
     "signs":    ("before", "after", "none"),
     "rounding": ("nearest", "stochastic", "eden", "rtn", "sr"),
+    "mean_split": ("on", "off"),
     "forward":  ("on", "off"),
     "dgrad":    ("on", "off"),
     "wgrad":    ("on", "off"),
@@ -52,6 +53,7 @@ CHANGES = {
     "rotation": ("forward", "dgrad", "wgrad"),
     "signs":    ("dgrad", "wgrad"),
     "rounding": ("dgrad", "wgrad"),
+    "mean_split": ("forward", "dgrad", "wgrad"),
 }
 # What a product becomes when it is switched on, and when it changes to format mxfp4.
 DEFAULTS = {"forward": QUEST, "dgrad": ABSMAX, "wgrad": ABSMAX}
@@ -144,6 +146,8 @@ def change_product(name, spec, axis, value):
         size = 0 if value == "none" else int(value)
         spec = spec._replace(rotation=size)
         return spec if size else spec._replace(signs="none")
+    if axis == "mean_split":
+        return spec._replace(mean_split=value == "on")
     if axis not in PER_OPERAND:
         return spec._replace(**{axis: SYNONYMS.get(value, value)})
     left, _, right = value.partition("/")

@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 from .check import check
 
-
-PER_OPERAND = ("format", "scale", "multiplier")     # the columns that can differ in a product
+PER_OPERAND = ("format", "scale", "multiplier")     # columns that the operands can have for each
 
 
 class GemmSpec(NamedTuple):
@@ -35,11 +34,12 @@ class GemmSpec(NamedTuple):
     rounding    "nearest", "stochastic", or "eden": to nearest, and then the block's scale (nvfp4)
                 or the whole row (other formats) is multiplied by a factor that removes the bias,
                 if the rotation is random. In the forward product it may be fixed: there the factor
-                only undoes that rounding makes the row shorter (2505.14669's authors have trained
-                so, "Eden32", with less loss than with QuEST, and have not published how)
+                only undoes that rounding makes the row shorter (2505.14669's authors have logged
+                runs with "Eden32" forward and less loss than QuEST's, but not published what it is)
     rhs         what happens to the right operand, which is w, w.T or x.T:
-                  "requantize"        it is quantised as the left one. In dgrad and wgrad it is the
-                                      already quantised w or x that is quantised once more
+                  "requantize"        it is quantised as the left one, or as rhs_format and so on
+                                      say. In dgrad and wgrad it is the already quantised w or x
+                                      that is quantised once more
                   "square_blocks"     as "requantize", but one scale serves a square of w, such as
                                       16 x 16, so that w.T has the same values (forward only)
                   "reuse"             the quantised w or x of the forward product is used as it is
@@ -47,9 +47,14 @@ class GemmSpec(NamedTuple):
     multiplier  the rules of QUEST_RULES look for a power of two beside this number times the best
                 scale: below 1, fewer values become zero, and more clip (as "mult" in the branch
                 rotation_fix of github.com/IST-DASLab/Quartet)
+    mean_split  whether the operand with a row for each token, x of forward and dy of the gradients,
+                is quantised without the mean of its rows. The mean's part of the product is added,
+                unquantised (Averis, 2603.10444; matmul.py has the formulas)
     rhs_format, rhs_scale, rhs_multiplier
                 those of the right operand; None: those of the left one. Blocks, in squares or not,
-                are then those of its format. What rhs "reuse" takes over has none of its own
+                are then those of its format. What rhs "reuse" takes over has none of its own.
+                (2505.14302: the error of weights grows faster with the tokens of a run than that
+                of activations, so that one rule need not be the best for both)
     """
     format: str = "mxfp4"
     scale: str = "absmax34"
@@ -58,6 +63,7 @@ class GemmSpec(NamedTuple):
     rounding: str = "nearest"
     rhs: str = "requantize"
     multiplier: float = 1.
+    mean_split: bool = False
     rhs_format: str | None = None
     rhs_scale: str | None = None
     rhs_multiplier: float | None = None

@@ -661,6 +661,23 @@ def square_46_weight(x, w, dy, draws):
     return xq @ wq.T, dx, nvfp4_sr(dy.T, 16, signs, draws) @ nvfp4(x.T, 16, signs).T
 
 
+def split_means(forward=True, dgrad=True, wgrad=True):
+    def method(x, w, dy, draws):
+        signs = draws.signs()
+        m, d_of_dgrad, d_of_wgrad = (
+            is_split * v.mean(0, keepdim=True)
+            for is_split, v in ((forward, x), (dgrad, dy), (wgrad, dy)))
+        rotated_m = hadamard(m, 32)
+        xq, x_mask = quest(x - m)
+        wq, w_mask = quest(w)
+        y = xq @ wq.T + rotated_m @ wq.T
+        dx = absmax34(dy - d_of_dgrad, 32, signs) @ absmax34(wq.T, 32, signs).T + d_of_dgrad @ wq
+        dw = (absmax34((dy - d_of_wgrad).T, 32, signs) @ absmax34(xq.T, 32, signs).T
+              + d_of_wgrad.T @ xq.sum(0, keepdim=True) + dy.sum(0, keepdim=True).T @ rotated_m)
+        return y, hadamard(dx * x_mask, 32), hadamard(dw * w_mask, 32)
+    return method
+
+
 quest_ = mxfp4_rule("floor")
 mxfp8_ = unmasked(mxfp8)
 CHANGED = [
@@ -701,6 +718,10 @@ CHANGED = [
     ("fp4", dict(rounding="eden:nearest:nearest"), changed_fp4(eden_quest)),
     ("fp4-fwd", dict(rounding="eden:nearest:nearest", rotation="none"),
      changed_fp4(eden_quest, unquantized, unquantized, n=(0, 0, 0))),
+    ("fp4", dict(mean_split="on"), split_means()),
+    ("fp4", dict(mean_split="on:off:off"), split_means(True, False, False)),
+    ("fp4", dict(mean_split="off:on:off"), split_means(False, True, False)),
+    ("fp4", dict(mean_split="off:off:on"), split_means(False, False, True)),
     ("fp4", dict(multiplier="0.84"), changed_fp4(functools.partial(mx, rule="floor",
                                                                    multiplier=.84))),
     ("fp4", dict(multiplier="1/1.2", scale="floor/nearest"),

@@ -45,6 +45,7 @@ def test_which_rows_have_kernels():
                  dict(rounding="nearest:sr:nearest"), dict(scale="floor:pma:pma"),
                  dict(scale="floor/nearest"), dict(scale="floor:absmax34/pma:absmax34"),
                  dict(multiplier="0.84"), dict(multiplier="1/0.84"),
+                 dict(mean_split="on:off:off"), dict(mean_split="off:off:on"),
                  dict(format="mxfp4:mxfp4:mxfp4/mxfp8")):
         assert not fp4.recipe("fp4", **axes).has_kernels, axes
 
@@ -59,6 +60,10 @@ ROTATED_CASES = [dict(signs=signs, rotation=rotation, rounding=rounding)
     *((name, {}) for name in EMULATED_COLUMNS),
     *(("fp4", axes) for axes in ROTATED_CASES),
     ("fp4", dict(rounding="eden:nearest:nearest")),
+    *((name, dict(mean_split="on")) for name in ("fp4", "fp4-fwd", "fp4-bwd", "nvfp4", "mxfp8")),
+    *(("fp4", dict(mean_split=split, rotation="64")) for split in (
+        "on:off:off", "off:on:off", "off:off:on")),
+    ("fp4", dict(mean_split="on", signs="before:before:before", rounding="eden:nearest:nearest")),
     ("fp4", dict(scale="mse/absmax")), ("fp4", dict(format="mxfp8/mxfp4", rotation="64")),
 ])
 def test_gradients_are_autograds_when_the_quantiser_is_the_identity(name, axes, monkeypatch):
@@ -564,6 +569,7 @@ def test_what_stands_left_and_right_of_a_slash_is_for_the_left_and_the_right_ope
         assert spec.left == spec.left.left == spec.left.right and spec.right == spec.right.right
     row = fp4.recipe("nvfp4", format="nvfp4:nvfp4:mxfp8/mxfp4", rounding="nearest")
     assert row.wgrad.right.rhs == "from_unquantized"
+    assert fp4.recipe("fp4", mean_split="on:off:on").forward.left.mean_split
     row = fp4.recipe("fp4", multiplier="1/0.84", scale="mse/nearest")
     assert [spec.multiplier for spec in (row.forward.left, row.forward.right)] == [1, .84]
     assert fp4.recipe("fp4", multiplier="1.0/1") == fp4.RECIPES["fp4"]
@@ -661,9 +667,32 @@ def test_every_axis_is_a_flag_and_names_the_run():
     assert label(vars(settings)) == "fp4-nearest-rotation-none-signs-none-dgrad-off"
     assert {f"--{axis}" for axis in fp4.AXES} == {
         "--format", "--scale", "--multiplier", "--rotation", "--signs", "--rounding",
+        "--mean_split",
         "--forward", "--dgrad", "--wgrad", "--post_step", "--down_input"}
     for flag, name in (("--format", "fp4-mxfp8"), ("--down_input", "fp4-down_input-mxfp8")):
         assert label(vars(quartet.parse([flag, "mxfp8"]))) == name
+
+
+def test_a_mean_that_all_tokens_share_costs_nothing_where_it_is_split_off():
+    """Without, it sets the scales of x, and what tells a token from the others is lost."""
+    x, w, dy = make_data(tokens=64)
+    shift = 30 * torch.randn(1, 96)
+    dy_shift = 1e-2 * torch.randn(1, 64)
+    exact = (x @ w.T, dy @ w, dy.T @ x)
+
+    def errors(x_shift, dy_shift, **axes):
+        row = fp4.recipe("fp4", scale="absmax34", rotation="none", **axes)
+        results = run_passes(row, x + x_shift, w, dy + dy_shift)
+        wanted = ((x + x_shift) @ w.T, (dy + dy_shift) @ w, (dy + dy_shift).T @ (x + x_shift))
+        return [((r - e).norm() / size.norm()).item()
+                for r, e, size in zip(results, wanted, exact)]
+
+    torch.manual_seed(0)
+    y_error, dx_error, _ = errors(0, 0)
+    # The mean meets the weight as it is quantised; what that costs is apart from the mean's own.
+    y_kept, dx_kept, dw_kept = errors(shift, dy_shift)
+    y_split, dx_split, dw_split = errors(shift, dy_shift, mean_split="on")
+    assert y_split < .7 * y_kept and dx_split < .9 * dx_kept and dw_split < .1 * dw_kept
 
 
 def test_down_input_changes_the_row_of_the_layers_that_are_down_and_no_other():

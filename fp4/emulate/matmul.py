@@ -27,6 +27,21 @@ R and S are orthogonal (a Hadamard matrix, with random signs or without), so the
 each product. The signs are drawn anew at each call. dx and dw come out of theirs in the basis of x
 R and w R; there they are masked where the forward pass clipped, and only then is R undone.
 
+With mean_split, the mean of the rows is taken out of x or dy before it is quantised, and its part
+of the product is a term of rank one, which is added. With m the mean of x and d that of dy:
+
+    forward    y  = Q((x - m) R) Q(w R).T        + (m R) wq.T
+    dgrad      dx = Q((dy - d) S) Q(wq.T S).T    + d wq
+    wgrad      dw = Q((dy - d).T S) Q(xq.T S).T  + d.T sum(xq)  + sum(dy).T (m R)
+
+xq is then Q((x - m) R), and sums are over the tokens. The last term is there if the forward product
+was split, the one before it if wgrad is. A value of x - m that clipped gets no gradient. With Q the
+identity, all this is exactly y = x w.T and its gradients. It is Averis (2603.10444), which splits x
+and dy alike. Its text was not at hand, only its abstract and what others say of its equations 11
+and 12: that it quantises the two means as well, each by itself. Here they stay as they are, and so
+do the sums. A mean is that of the tokens which a layer is given at once, a microbatch of one
+process, so that how a token is rounded depends on the others.
+
 Axes are padded with zeros to whole blocks and whole rotations. Factors that bfloat16 cannot hold
 are applied after the product, so that the rounded values are exact in bfloat16 (except those of
 INT4, and of w and x where dgrad and wgrad take them over). With bfloat16 activations, a dw that is
@@ -99,6 +114,10 @@ class Quantized(NamedTuple):
     @property
     def packed(self): return Packed(self.values, self.scales)
 
+    def dequantized(self):
+        """Returns the matrix that this stands for, float32 [R, K padded]."""
+        return self.unpacked(torch.float32) * self.factor
+
     def unpacked(self, dtype):
         """Returns the values, which are exact in dtype if they have been packed."""
         return ops.dequantize(self.packed, dtype) if self.is_packed else self.values
@@ -117,6 +136,7 @@ class Saved(NamedTuple):
     signs: torch.Tensor | None      # those of the rotation R
     x: torch.Tensor | None          # unquantised; None where wgrad has no use for it
     w: torch.Tensor
+    x_mean: torch.Tensor | None = None      # [1, K padded], rotated, where it was split from x
 
     @property
     def x_quantized(self): return Quantized(*self[:4])
@@ -126,6 +146,15 @@ class Saved(NamedTuple):
 
 
 # ---- from matrices to operands of a product
+
+def split_mean(v):
+    """Returns v [R, K] without the mean of its rows, and this mean [1, K], both in float32."""
+    mean = v.float().mean(0, keepdim=True)
+    return v.float() - mean, mean
+
+
+def splits_mean(spec): return spec is not None and spec.mean_split
+
 
 def quantize_operands(dy, nonce, operands):
     """Rotates and quantises the operands of a forward pass, or those of both gradients.
@@ -225,13 +254,20 @@ def forward(x, w, recipe):
         y = x @ w.to(x.dtype).T
         return y, Saved(*as_it_is(x), *as_it_is(w), None, x, w)
 
+    rest, mean = split_mean(x) if spec.mean_split else (x, None)
     is_square = spec.rhs == "square_blocks"
-    operands = [Operand(x, spec.left, packs=spec.is_packed),
+    operands = [Operand(rest, spec.left, packs=spec.is_packed),
                 Operand(w, spec.right, square=is_square, packs=spec.is_packed)]
     (x_quantized, w_quantized), signs = quantize_operands(x, w, operands)
-    y = scaled_product(x_quantized, w_quantized, spec, (len(x), len(w)), x.dtype)
+    shape = (len(x), len(w))
+    if mean is None:
+        y = scaled_product(x_quantized, w_quantized, spec, shape, x.dtype)
+    else:
+        mean = rotate_for(pad_to_blocks(mean, spec), spec, signs)
+        y = scaled_product(x_quantized, w_quantized, spec, shape, torch.float32)
+        y = cast(y + mean @ w_quantized.dequantized().T, x.dtype)
     keeps_x = recipe.wgrad is not None and recipe.wgrad.rhs == "from_unquantized"
-    return y, Saved(*x_quantized, *w_quantized, signs, x if keeps_x else None, w)
+    return y, Saved(*x_quantized, *w_quantized, signs, rest if keeps_x else None, w, mean)
 
 
 def backward(dy, saved, recipe, backend=None):
@@ -252,9 +288,11 @@ def backward(dy, saved, recipe, backend=None):
     forward_specs = (None, None) if recipe.forward is None else (
         recipe.forward.left, recipe.forward.right)
     x_basis, w_basis = (Basis(spec, saved.signs, saved.w.shape[1]) for spec in forward_specs)
-    dx = grad_product(*quantized[:2], recipe.dgrad, len(dy), dy.dtype, saved.x_mask, x_basis)
+    dx = grad_product(*quantized[:2], recipe.dgrad, len(dy), dy.dtype, saved.x_mask, x_basis,
+                      dx_of_mean(recipe.dgrad, dy, used_w))
     dw = grad_product(
-        *quantized[2:], recipe.wgrad, dy.shape[1], torch.float32, saved.w_mask, w_basis)
+        *quantized[2:], recipe.wgrad, dy.shape[1], torch.float32, saved.w_mask, w_basis,
+        dw_of_means(recipe.wgrad, dy, used_x, wgrad[1], saved.x_mean))
     return cast(dx[:, :x_basis.width], dy.dtype), cast(dw[:, :w_basis.width], torch.float32)
 
 
@@ -272,7 +310,33 @@ def grad_lhs(spec, dy, transposed):
     """Returns the left Operand of a gradient: dy of dgrad, dy.T of wgrad."""
     if spec is None:
         return Operand(dy, None, transposed)
-    return Operand(dy, spec.left, transposed, packs=spec.is_packed)
+    rest = split_mean(dy)[0] if spec.mean_split else dy
+    return Operand(rest, spec.left, transposed, packs=spec.is_packed)
+
+
+def dx_of_mean(spec, dy, used_w):
+    """Returns the part [1, K padded] of all rows of dx that is not in the product, or None."""
+    if not splits_mean(spec):
+        return None
+    _, mean = split_mean(dy)
+    return mean @ used_w.dequantized()
+
+
+def dw_of_means(spec, dy, used_x, right, x_mean):
+    """Returns the part [N, K padded] of dw that is not in the product, or None.
+
+    right       the Operand that is multiplied, made of used_x or of the unquantised x
+    x_mean      float32 [1, K padded], or None
+    """
+    terms = []
+    if splits_mean(spec):
+        _, mean = split_mean(dy)
+        is_used = spec.rhs != "from_unquantized"
+        x = used_x.dequantized() if is_used else right.matrix.float()
+        terms.append(mean.T @ x.sum(0, keepdim=True))
+    if x_mean is not None:
+        terms.append(dy.float().sum(0, keepdim=True).T @ x_mean)
+    return sum(terms) if terms else None
 
 
 def grad_rhs(spec, used, unquantized, forward_spec, signs, dtype):
@@ -315,13 +379,17 @@ class Basis(NamedTuple):
         return self.spec.rotation == 32 and self.spec.signs == "none"
 
 
-def grad_product(left, right, spec, rows, dtype, mask, basis):
+def grad_product(left, right, spec, rows, dtype, mask, basis, extra=None):
     """Multiplies two Quantized, and takes the gradient out of the basis of the forward rotation.
 
     rows        those of left
+    extra       what is added to the product, float32 [1 or rows, basis.padded], or None
     returns     [rows, basis.padded] in dtype
     """
     shape = (rows, basis.padded)
+    if extra is not None:
+        return gradient_of(scaled_product(left, right, spec, shape, torch.float32) + extra,
+                           dtype, mask, basis)
     if basis.spec is None or not columns.has_basis(basis.spec):
         return scaled_product(left, right, spec, shape, dtype)
     if left.is_tiled and basis.has_epilogue and spec.rounding != "eden":
@@ -335,6 +403,14 @@ def grad_product(left, right, spec, rows, dtype, mask, basis):
         product = left.values @ right.values.T
     return columns.unrotate(
         product, left.factor, right.factor, mask, basis.signs, dtype, basis.spec)
+
+
+def gradient_of(product, dtype, mask, basis):
+    """Takes a gradient, float32, whose factors are applied, out of the basis."""
+    if basis.spec is None or not columns.has_basis(basis.spec):
+        return cast(product, dtype)
+    one = product.new_ones(1, 1)
+    return columns.unrotate(product, one, one, mask, basis.signs, dtype, basis.spec)
 
 
 # What a recipe's `method` names, as a pair: forward(x, w, recipe) -> y, saved tensors, and
