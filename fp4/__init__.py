@@ -19,6 +19,7 @@ MODULE_OF = {
     "linear_cross_entropy": "cross_entropy",
     "mark_last": "whole_model",
     "post_step_of": "whole_model",
+    "weight_stats_of": "whole_model",
     "blocks_beyond_window": "window",
     "Packed": "ops",
     "Backend": "backend",

@@ -91,13 +91,20 @@ def rotate_back(v, w, recipe):
 
 def quantize(w, recipe):
     """Returns what the forward product reads of w, as float32, in the basis of the grid."""
+    q, _ = quantize_with_mask(w, recipe)
+    return q
+
+
+def quantize_with_mask(w, recipe):
+    """As quantize(), and also returns the mask of what is not clipped, int32 [N, K padded / 32],
+    one bit a value; [0] where nothing is."""
     if recipe.has_kernels:
-        packed, _ = ops.quantize_forward(w, recipe.forward_scale)
-        return ops.dequantize(packed, torch.float32)
-    values, _, factor, _ = columns.quantize_operand(
+        packed, mask = ops.quantize_forward(w, recipe.forward_scale)
+        return ops.dequantize(packed, torch.float32), mask
+    values, _, factor, mask = columns.quantize_operand(
         w, recipe.forward.right, transposed=False, factor=None, scales=None, signs=None, seed=None,
         square=recipe.forward.rhs == "square_blocks", operand_format="packed", dtype=torch.float32)
-    return values * factor
+    return values * factor, mask
 
 
 def on_grid(w, recipe):

@@ -172,15 +172,17 @@ class Recipe(NamedTuple):
             check(features % self.feature_multiple == 0,
                   f"{side}-features must be a multiple of {self.feature_multiple}, got {features}")
 
-    def check_run(self, steps, is_sharded):
+    def check_run(self, steps, is_sharded, has_stats=False):
         """Raises ValueError if post_step cannot act in a run of so many steps, or in a model that
-        is spread over processes (sharded.py)."""
+        is spread over processes (sharded.py), or weight_stats.py (has_stats) not measure there."""
         name, *numbers = parse_post_step(self.post_step)
         if name == "deosc":
             start, period, _ = numbers
             check(start + period <= steps,
                   f"the first window of deosc ends after step {start + period}, and the run has "
                   f"{steps} steps: give a smaller START or PERIOD, deosc:START:PERIOD:RATIO")
+        check(not (is_sharded and has_stats),
+              "a sharded model has no weight_stats: they need whole weights")
         if is_sharded:
             for row in (self, self.down):
                 row.check_sharded()

@@ -6,6 +6,7 @@ from . import stored_weight
 from .check import check
 from .linear import Linear
 from .post_step import PostStep, add_state
+from .weight_stats import WeightStats
 
 
 def layers_with_kernels(model):
@@ -44,6 +45,12 @@ def post_step_of(model):
     A training loop calls it after every optimizer.step(), before quantize_weights.
     """
     return PostStep(layer for _, layer in linears(model))
+
+
+def weight_stats_of(model, is_on=True):
+    """Returns a WeightStats, which measures what steps do to the quantised weights of the model;
+    with is_on=False one that measures nothing."""
+    return WeightStats(dict(linears(model)) if is_on else {})
 
 
 def mark_last(model, is_last):
