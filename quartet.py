@@ -74,6 +74,7 @@ class Settings:
                      least=1, most=1024)
     eval_every: int = flag(None, "steps between evaluations, each with a checkpoint; "
                                  "default: a tenth of the run", least=1)
+    weight_stats: bool = flag(None, "log what steps do to quantised weights (tools/README.md)")
     keep: int = flag(2, "number of checkpoints that are kept, the newest as ckpt.pt", least=1)
     out: str = flag("out", "folder of all runs")
     name: str = flag(None, "folder of this run; default: SIZE-PRECISION")
@@ -295,7 +296,7 @@ def prepare(cfg, corpus):
     model = build_model(cfg, corpus.vocabulary.size)
     steps = n_steps(cfg, model.config.n_params)
     run.check_length(steps, cfg.batch * cfg.seq)
-    checked(recipe_of(cfg).check_run, steps, cfg.shard)
+    checked(recipe_of(cfg).check_run, steps, cfg.shard, cfg.weight_stats)
     return model, steps
 
 
@@ -308,18 +309,22 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     accumulate = cuda_graph.forward_backward(trained, n_micro // processes.size())
     clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()), cfg.clip or math.inf)
     post_step = fp4.post_step_of(model)
+    weight_stats = fp4.weight_stats_of(model, cfg.weight_stats)
     quantize_weights = partial(fp4.quantize_weights, model)
     if cfg.replay:                      # Then the host starts each of them with one call.
         accumulate, clip, quantize_weights = map(
             cuda_graph.Replayed, (accumulate, clip, quantize_weights))
     quantize_weights()
     saved_at = time.monotonic()
-    log = processes.open_log(run.log_path(cfg.folder))
+    log = run.Log(processes.own_path(run.log_path(cfg.folder)), weight_stats.columns)
     bar = bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
     with log, bar, processes.between_steps() as stop:
         for step in range(len(history), steps):
-            start = time.perf_counter()
             done = step + 1
+            is_evaluated = done % eval_every == 0 or done == steps
+            if is_evaluated:
+                weight_stats.before_step()
+            start = time.perf_counter()
             lr = lr_at(step, steps, cfg.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -341,7 +346,7 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 row = run.Step(done, loss, None, lr, norm)
-                log.write(run.log_row(row))
+                log.write_row(row)
                 diverge(cfg, row, log)
             optimizer.step()
             # A replay adds to the same gradients in memory each time.
@@ -353,16 +358,15 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
             machine.synchronize(cfg.device)
             seconds = time.perf_counter() - start
 
-            is_evaluated = done % eval_every == 0 or done == steps
             val = round(evaluate(forward, corpus, cfg), 4) if is_evaluated else None
             bpb = corpus.bits_per_byte(val)
             beyond = fp4.blocks_beyond_window(model, x, y) if is_evaluated else None
             speed = cfg.batch * cfg.seq / seconds
             flops = speed * model.config.flops_per_token(cfg.seq) / processes.size()
             mfu = machine.utilisation(cfg.device, flops)
-            history.append(
-                run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu, beyond, bpb))
-            log.write(run.log_row(history[-1]))
+            history.append(run.Step(done, loss, val, lr, norm, 1000 * seconds, speed, mfu, beyond,
+                                    bpb, weight_stats.after_step()))
+            log.write_row(history[-1])
             if is_evaluated or is_late or stop.is_asked:
                 save(cfg, corpus, model, optimizer, history, log)
                 saved_at = time.monotonic()

@@ -321,7 +321,7 @@ def test_a_line_of_the_log_says_each_number_in_its_column():
     assert notes[1:] == [
         f"# config {json.dumps(CONFIG)}", "# device A GPU, torch 2", "# fp4 what multiplies",
         f"# data {json.dumps(CORPUS)}"]
-    assert names_of_columns.split(",") == list(Step._fields) and len(columns) == len(Step._fields)
+    assert names_of_columns.split(",") == list(run.COLUMNS) and len(columns) == len(run.COLUMNS)
     assert names_of_columns.startswith("step,loss,val,lr,norm,ms,tokens_per_s,mfu")
     found = run.parse_log(head + run.log_row(row) + run.log_end("1.03 GiB", "n/a"))
     assert found.history == [Step(7, 5.123457, 4.5679, 1.25e-3, 0.5, 12.3, 98765, "41.2%")]
@@ -530,7 +530,7 @@ def with_config(**settings):
 
 def whole_row(text):
     "a row of the table that has all of its columns, the last of which may be empty"
-    return text + "," * (len(Step._fields) - 1 - text.count(",")) + "\n"
+    return text + "," * (len(run.COLUMNS) - 1 - text.count(",")) + "\n"
 
 
 GOOD = log_text(2)
@@ -636,7 +636,8 @@ def test_what_makes_another_model_may_neither_change_nor_be_passed_over():
     assert settings - {*run.MAY_CHANGE, *run.NOT_IDENTITY} == {
         "precision", *AXES, "keep_first", "keep_last", "size", "seq", "batch", "seed", "dtype"}
     # What only says how fast, on what and how often looked at makes two runs comparable.
-    assert set(run.HARMLESS) == {"micro", "compile", "replay", "device", "gemm", "eval_every"}
+    assert set(run.HARMLESS) == {
+        "micro", "compile", "replay", "device", "gemm", "eval_every", "weight_stats"}
 
 
 # ---- one process at a time

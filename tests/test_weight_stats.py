@@ -1,13 +1,22 @@
 """The shares of quantised weights that flip, are zero and are clipped, against brute force."""
+import dataclasses
 import math
+import signal
 
 import pytest
 import torch
 
 import fp4
+import quartet
+from data.corpus import open_corpus
+from data.files import UserError
 from fp4 import weight_stats
 from model import Llama, ModelConfig
 from test_baselines import hadamard, int4, mx, nvfp4
+from test_train import (        # fixtures and readers
+    BRIEF, corpus, log, run, state, stopping_after, two_blocks)
+from tools import report
+from tools.run import COLUMNS, read_log
 
 KINDS = ["attention.qkv", "attention.proj", "mlp.gate_up", "mlp.proj"]
 NAMES = [f"{measure}:{kind}" for measure in ("flips", "zeros", "clipped") for kind in KINDS]
@@ -193,3 +202,98 @@ def test_a_step_that_was_not_announced_is_not_measured():
     ("0", "0"), ("blocks.3", "blocks.3")])
 def test_layers_that_differ_in_their_numbers_are_of_one_kind(name, kind):
     assert weight_stats.kind_of(name) == kind
+
+
+# ---- a run
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(report, "draw_curves", lambda path, runs: path)
+
+
+def test_a_run_logs_what_its_step_did_to_the_weights_of_its_checkpoints(run, two_blocks, tmp_path):
+    args = ["--precision", "fp4", "--post_step", "cage:50:0", "--steps", 4, "--eval_every", 1,
+            "--keep_first", 1, "--keep", 4, *BRIEF]
+    assert run(*args, "--weight_stats", "--name", "r")[0] == 0
+    found = read_log(tmp_path / "r" / "log.csv")
+    saved = [torch.load(tmp_path / "r" / name, weights_only=True)
+             for name in ("ckpt-1.pt", "ckpt-2.pt", "ckpt-3.pt", "ckpt.pt")]
+    for i, row in enumerate(found.history[1:], 1):
+        for kind in KINDS:
+            pair = [[at["model"][f"blocks.1.{kind}.weight"]] for at in saved[i - 1:i + 1]]
+            expected = shares_by_hand(*pair, quest("floor"))
+            assert expected["flips"] > 0
+            for measure, share in expected.items():
+                assert row.weights[f"{measure}:{kind}"] == pytest.approx(share, rel=1e-3, abs=1e-9)
+    history = saved[-1]["history"]
+    assert [list(step[-1]) for step in history] == [NAMES] * 4
+    assert run(*args, "--name", "without")[0] == 0
+    assert log(tmp_path / "without") == log(tmp_path / "r")
+    for name, w in state(tmp_path / "without")["model"].items():
+        assert torch.equal(w, saved[-1]["model"][name]), name
+
+
+def table_of(folder):
+    "the names of the columns of a log, and its rows, all of them as wide"
+    lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()
+             if not line.startswith("#")]
+    assert len({len(line) for line in lines}) == 1
+    return lines[0], lines[1:]
+
+
+def test_the_columns_are_there_if_they_are_asked_for_and_full_where_a_step_was_evaluated(
+        run, two_blocks, tmp_path):
+    args = ["--steps", 4, "--eval_every", 2, *BRIEF]
+    assert run(*args, "--name", "off")[0] == run(*args, "--name", "on", "--weight_stats")[0] == 0
+    assert table_of(tmp_path / "off")[0] == list(COLUMNS)
+    names, rows = table_of(tmp_path / "on")
+    assert names == [*COLUMNS, *NAMES]
+    assert [[cell != "" for cell in row[len(COLUMNS):]] for row in rows] == [
+        [full] * len(NAMES) for full in (False, True, False, True)]
+    assert [row.weights for row in read_log(tmp_path / "off" / "log.csv").history] == [None] * 4
+    assert run(*args, "--name", "bf16", "--precision", "bf16", "--weight_stats")[0] == 0
+    assert table_of(tmp_path / "bf16")[0] == list(COLUMNS)      # It has no grid.
+
+
+def test_a_run_that_is_resumed_goes_on_measuring(run, two_blocks, tmp_path, monkeypatch):
+    args = ["--steps", 7, "--eval_every", 2, "--weight_stats", *BRIEF]
+    assert run(*args, "--name", "whole")[0] == 0
+    with monkeypatch.context() as stopping:
+        stopping.setattr(quartet.run, "show_step", stopping_after(3))
+        assert run(*args, "--name", "r")[0] == 128 + signal.SIGTERM
+    assert run("--name", "r", "--resume", "--steps", 7, "--eval_every", 2, *BRIEF)[0] == 0
+    whole, resumed = (read_log(tmp_path / name / "log.csv").history for name in ("whole", "r"))
+    assert [row.weights for row in resumed] == [row.weights for row in whole]
+    assert table_of(tmp_path / "r")[0] == table_of(tmp_path / "whole")[0]
+
+
+def test_measuring_can_begin_and_end_where_a_run_is_resumed_and_the_table_stays_one(
+        run, two_blocks, tmp_path):
+    flags = {2: [], 4: ["--weight_stats"], 6: ["--no_weight_stats"], 8: [], 10: ["--weight_stats"]}
+    for steps, flag in flags.items():
+        resumed = ["--resume"] if steps > 2 else []
+        code, sentence, _ = run("--name", "r", "--steps", steps, "--eval_every", 2, *flag, *resumed,
+                                *BRIEF)
+        assert code == 0, sentence
+    found = read_log(tmp_path / "r" / "log.csv")
+    assert [row.step for row in found.history if row.weights] == [4, 10]
+    assert table_of(tmp_path / "r")[0] == [*COLUMNS, *NAMES]
+    assert [entry["changes"].get("weight_stats") for entry in found.resumed] == [
+        [None, True], [True, False], None, [False, True]]
+    # A log that was lost comes back from the checkpoint with them.
+    (tmp_path / "r" / "log.csv").unlink()
+    assert run("--name", "r", "--steps", 11, "--resume", "--no_weight_stats", *BRIEF)[0] == 0
+    again = read_log(tmp_path / "r" / "log.csv")
+    assert [row.weights for row in again.history[:10]] == [row.weights for row in found.history]
+    assert table_of(tmp_path / "r")[0] == [*COLUMNS, *NAMES]
+
+
+def test_a_sharded_model_is_refused_before_anything_is_written(corpus, tmp_path):
+    cfg = quartet.resolve(quartet.parse([
+        "--data", corpus, "--out", str(tmp_path), "--size", "tiny", "--device", "cpu", "--steps",
+        "1", "--weight_stats", "--shard"]))
+    opened = open_corpus(corpus)
+    with pytest.raises(UserError, match="a sharded model has no weight_stats"):
+        quartet.prepare(cfg, opened)
+    quartet.prepare(dataclasses.replace(cfg, weight_stats=False), opened)
+    quartet.prepare(dataclasses.replace(cfg, shard=False), opened)

@@ -299,9 +299,9 @@ def average_gradients(model):
                                        gradient_as_bucket_view=True)
 
 
-def open_log(path):
-    """Opens a file, to which whole lines are added; in all processes but rank 0, one of no use."""
-    return open(path if rank() == 0 else os.devnull, "a", buffering=1)
+def own_path(path):
+    """Returns the path of a file that only rank 0 writes; other processes get one of no use."""
+    return path if rank() == 0 else os.devnull
 
 
 def number(tensor):

@@ -41,7 +41,7 @@ MAX_STEPS = 2 ** 31
 # A corpus is known by its content. How it is called matters only where the content is not known.
 CORPUS_NAMES = ("data", "vocab")
 # A run that was resumed with other values of these can still be compared with other runs.
-HARMLESS = ("micro", "compile", "replay", "device", "gemm", "eval_every")
+HARMLESS = ("micro", "compile", "replay", "device", "gemm", "eval_every", "weight_stats")
 # Settings that may change on --resume. Any other says how the run has been trained so far, and
 # would no longer be true of all its steps.
 MAY_CHANGE = (*LENGTHS, *HARMLESS, *CORPUS_NAMES, "lr", "weight_decay", "clip")
@@ -207,9 +207,11 @@ class Step(NamedTuple):
     # Of a million blocks of 32, how many FP8 had to round; None: not counted, or not in FP8.
     beyond_window: Optional[float] = None
     bpb: Optional[float] = None         # val as bits per byte of text; None: not known
+    # {column: share} of fp4/weight_stats.py, such as {"flips:mlp.down": 0.01}; None: not measured.
+    weights: Optional[dict] = None
 
 
-COLUMNS = Step._fields                  # of the table
+COLUMNS = Step._fields[:-1]             # of every table; behind them may come those of weights
 
 
 def log_head(config, device_name, backend_description, corpus=None):
@@ -223,13 +225,9 @@ def log_head(config, device_name, backend_description, corpus=None):
         f"# device {device_name}",
         f"# fp4 {backend_description}",
         *([f"# data {json.dumps(corpus)}"] if corpus else []),
+        ",".join(COLUMNS),
     ]
-    return "".join(line + "\n" for line in lines) + log_columns()
-
-
-def log_columns():
-    """The line of log.csv that names the columns of its table."""
-    return ",".join(COLUMNS) + "\n"
+    return "".join(line + "\n" for line in lines)
 
 
 @functools.cache
@@ -278,7 +276,7 @@ def git(folder, *arguments):
 
 
 def log_row(row, columns=COLUMNS):
-    """One Step as a line of log.csv, whose table may lack the latest columns."""
+    """One Step as a line of a log.csv whose table has these columns."""
     cells = {
         "step": str(row.step),
         "loss": f"{row.loss:.6f}",
@@ -291,6 +289,7 @@ def log_row(row, columns=COLUMNS):
         "beyond_window": in_cell(row.beyond_window, ".2f"),
         "bpb": in_cell(row.bpb, ".4f"),
     }
+    cells |= {name: in_cell(share, ".4g") for name, share in (row.weights or {}).items()}
     return ",".join(cells.get(name, "") for name in columns) + "\n"
 
 
@@ -333,6 +332,49 @@ def log_diverged(sentence):
     return f"# diverged {sentence}\n"
 
 
+class Log:
+    """A log.csv to which lines are added, each at once whole. A with block closes it."""
+
+    def __init__(self, path, columns=()):
+        """Gives the table of the log the columns that it lacks: ours, and those named here."""
+        text = read_text(path)
+        new_text, self.columns = widened(text, [*COLUMNS, *columns])
+        if new_text != text:
+            atomic_write_text(path, new_text)
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.write = self.file.write
+
+    def write_row(self, row):
+        self.write(log_row(row, self.columns))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def widened(text, names):
+    """The text of a log with these columns in its table, empty where they are new; and the names of
+    all its columns. An older version, or other flags, may have begun it with fewer."""
+    columns = columns_of(text)
+    new = [name for name in names if name not in columns]
+    lines = []
+    for line in text.splitlines():
+        if is_row(line):
+            line += "," * len(new)
+        elif not line.startswith("#"):
+            line = ",".join([*columns, *new])
+        lines.append(line + "\n")
+    return "".join(lines), [*columns, *new]
+
+
+def columns_of(text):
+    """The names of the columns of a log's table; none in an empty text."""
+    heads = [line for line in text.splitlines() if not line.startswith("#") and not is_row(line)]
+    return heads[0].split(",") if heads else []
+
+
 def start_log(path, head):
     """Begin the log.csv of a new run. head is what log_head() returns."""
     atomic_write_text(path, head)
@@ -356,16 +398,17 @@ def resume_log(path, head, history, changed):
             os.rename(path, other)
             print(f"{path} is not the log of this checkpoint and is now {other}")
         lines = [head]
+    measured = dict.fromkeys(name for row in history for name in row.weights or {})
+    text, columns = widened("".join(lines), [*COLUMNS, *measured])
     n_known = sum(is_row(line) for line in lines)
-    missing = [log_row(row) for row in history[n_known:]]
-    text = "".join([*lines, *missing, log_resumed(len(history), changed)])
+    missing = [log_row(row, columns) for row in history[n_known:]]
+    text = "".join([text, *missing, log_resumed(len(history), changed)])
     atomic_write_text(path, text)
 
 
 def lines_so_far(path, rows):
     """
-    The lines of a log up to the last of these rows, or as far as they are there. Columns that an
-    older log lacks are added.
+    The lines of a log up to the last of these rows, or as far as they are there.
 
     None if it is not a log, or if its rows are others.
     """
@@ -374,7 +417,7 @@ def lines_so_far(path, rows):
         parse_log(text)
     except (OSError, ValueError):
         return None
-    columns = COLUMNS
+    columns = columns_of(text)
     lines = []
     n_known = 0
     for line in text.splitlines(keepends=True):
@@ -384,13 +427,9 @@ def lines_so_far(path, rows):
                 break
             if line != log_row(rows[n_known], columns):
                 return None
-            line = log_row(rows[n_known])
             n_known += 1
         elif n_known == len(rows) > 0:
             break
-        elif not line.startswith("#"):
-            columns = line.rstrip("\n").split(",")
-            line = log_columns()
         lines.append(line)
     return lines
 
@@ -522,8 +561,9 @@ def parse_row(fields):
     # An older log does not have these two columns.
     beyond = from_cell(fields.get("beyond_window"))
     bpb = from_cell(fields.get("bpb"))
+    weights = {name: float(text) for name, text in fields.items() if name and ":" in name and text}
     return Step(int(fields["step"]), loss, val, float(fields["lr"]), norm, float(fields["ms"]),
-                float(fields["tokens_per_s"]), fields["mfu"], beyond, bpb)
+                float(fields["tokens_per_s"]), fields["mfu"], beyond, bpb, weights or None)
 
 
 def from_cell(text):

@@ -102,5 +102,6 @@ MUTANTS = [
     Mutant("the number of steps done is one behind", "quartet.py",
            "post_step(lr, done, steps)", "post_step(lr, step, steps)", NONE),
     Mutant("a run is not checked before it begins", "quartet.py",
-           "    checked(recipe_of(cfg).check_run, steps, cfg.shard)\n", "", REFUSED),
+           "    checked(recipe_of(cfg).check_run, steps, cfg.shard, cfg.weight_stats)\n", "",
+           REFUSED),
 ]

@@ -137,7 +137,7 @@ MUTANTS = [
     Mutant("gradients are averaged with the first microbatch", "quartet.py",
            "i == own[-1]", "i == own[0]", TWO),
     Mutant("all write the log", PROCESSES,
-           "open(path if rank() == 0 else os.devnull,", "open(path,", TWO),
+           "return path if rank() == 0 else os.devnull", "return path", TWO),
     Mutant("a step does not seed its generators", "quartet.py",
            "            processes.seed_step(cfg.seed, step)\n", "", GOES_ON + "[fp4-two-two]"),
     Mutant("padded targets of a batch that does not count do", "quartet.py",

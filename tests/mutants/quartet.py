@@ -44,7 +44,7 @@ CHECK = """\
             loss, is_late = processes.end_of_step(loss, is_late, stop, cfg.device)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 row = run.Step(done, loss, None, lr, norm)
-                log.write(run.log_row(row))
+                log.write_row(row)
                 diverge(cfg, row, log)
 """
 STEP = "            optimizer.step()\n"

@@ -9,6 +9,11 @@ FIXED = T + "only_layers_whose_grid_stays_are_measured"
 DRIFT = T + "a_scale_that_follows_the_largest_weight_flips_nothing"
 ANNOUNCED = T + "a_step_that_was_not_announced_is_not_measured"
 KINDS = T + "layers_that_differ_in_their_numbers_are_of_one_kind"
+CHECKPOINTS = T + "a_run_logs_what_its_step_did_to_the_weights_of_its_checkpoints"
+FULL = T + "the_columns_are_there_if_they_are_asked_for_and_full_where_a_step_was_evaluated"
+BEGIN_END = T + "measuring_can_begin_and_end_where_a_run_is_resumed_and_the_table_stays_one"
+RESUMED = T + "a_run_that_is_resumed_goes_on_measuring"
+SHARDED = T + "a_sharded_model_is_refused_before_anything_is_written"
 
 MEASURED = [
     Mutant("what stays flips", FILE, "(~stays).sum()", "stays.sum()", BRUTE + "[fp4]"),
@@ -44,4 +49,32 @@ MEASURED = [
            "WeightStats(dict(linears(model)))", ANNOUNCED),
 ]
 
-MUTANTS = MEASURED
+IN_A_RUN = [
+    Mutant("measuring begins behind the optimizer", "quartet.py",
+           "            optimizer.step()\n",
+           "            optimizer.step()\n            weight_stats.before_step()\n", CHECKPOINTS),
+    Mutant("what post_step does is not in it", "quartet.py",
+           "            post_step(lr, done, steps)\n",
+           "            seen = weight_stats.after_step()\n            post_step(lr, done, steps)\n"
+           "            weight_stats.after_step = lambda: seen\n", CHECKPOINTS),
+    Mutant("a sharded model is measured", "quartet.py",
+           "check_run, steps, cfg.shard, cfg.weight_stats)", "check_run, steps, cfg.shard)",
+           SHARDED),
+    Mutant("every step is measured", "quartet.py",
+           "            if is_evaluated:\n                weight_stats.before_step()\n",
+           "            weight_stats.before_step()\n", FULL),
+    Mutant("the rows of a table are not as wide as its head", "tools/run.py",
+           'line += "," * len(new)', "pass", BEGIN_END),
+    Mutant("the head of a table gets no new columns", "tools/run.py",
+           'line = ",".join([*columns, *new])', "pass", FULL),
+    Mutant("where a run ends to measure, its rows are short", "tools/run.py",
+           "self.write(log_row(row, self.columns))", "self.write(log_row(row))", BEGIN_END),
+    Mutant("a lost log comes back without what was measured", "tools/run.py",
+           "[*COLUMNS, *measured])", "COLUMNS)", BEGIN_END),
+    Mutant("shares of a log are not read", "tools/run.py",
+           "beyond, bpb, weights or None)", "beyond, bpb)", RESUMED + " " + CHECKPOINTS),
+    Mutant("a step that was not measured has an empty dictionary", "tools/run.py",
+           "beyond, bpb, weights or None)", "beyond, bpb, weights)", FULL),
+]
+
+MUTANTS = [*MEASURED, *IN_A_RUN]
