@@ -15,6 +15,8 @@ MODULE_OF = {
     "quantize_weights": "whole_model",
     "check_weights": "whole_model",
     "replace_linears": "whole_model",
+    "set_recipe": "whole_model",
+    "load_kernels": "emulate",
     "shard": "sharded",
     "linear_cross_entropy": "cross_entropy",
     "mark_last": "whole_model",

@@ -152,14 +152,19 @@ class Linear(nn.Linear):
         recipe = recipe.down if is_down else recipe
         recipe.check_features(in_features, out_features)
         super().__init__(in_features, out_features, bias=bias)
-        self.recipe = recipe
         self.recompute = recompute
-        self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
-        self.backend = emulate.load_kernels(recipe, backend)
-        post_step.add_state(self)
-        self.stored = None
+        self.is_down = is_down
         self.strip = None           # sharded.py: of a weight that is spread over processes
         self.gathered = None        # and what its products read instead of it
+        self.set_recipe(recipe, backend)
+
+    def set_recipe(self, recipe, backend=None):
+        """Computes by this row from now on; set_recipe of whole_model.py chooses and checks it."""
+        self.recipe = recipe
+        self.has_kernels = recipe.has_kernels       # computed here, not in the compiled graph
+        self.backend = emulate.load_kernels([recipe], backend=backend)
+        self.stored = None
+        post_step.add_state(self)
 
     def forward(self, x):
         stored_weight.check_gathered(self)

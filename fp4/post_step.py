@@ -42,7 +42,10 @@ STATE = ("deosc_last", "deosc_distance", "deosc_quantized_distance")
 
 
 def add_state(layer):
-    """Gives a layer what its post_step has to remember; a layer of another recipe gets nothing."""
+    """Gives a layer what its post_step has to remember, and takes away what that of an earlier
+    recipe had; a layer whose recipe needs nothing gets nothing."""
+    for buffer in STATE:
+        layer._buffers.pop(buffer, None)
     name, *_ = parse_post_step(layer.recipe.post_step)
     if name == "deosc":
         w = layer.weight.detach()

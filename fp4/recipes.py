@@ -172,17 +172,34 @@ class Recipe(NamedTuple):
             check(features % self.feature_multiple == 0,
                   f"{side}-features must be a multiple of {self.feature_multiple}, got {features}")
 
-    def check_run(self, steps, is_sharded, has_stats=False):
+    @property
+    def travels_as(self):
+        """Says in which form the weights of a sharded model travel: the table of sharded.py."""
+        if self.has_kernels:
+            return "packed codes"
+        if self.method == "fp8":
+            return "FP8 values"
+        return "float32" if self.is_quantized else "values as activations have them"
+
+    def check_run(self, steps, is_sharded, begin=0, end=None):
         """Raises ValueError if post_step cannot act in a run of so many steps, or in a model that
-        is spread over processes (sharded.py), or weight_stats.py (has_stats) not measure there."""
+        is spread over processes (sharded.py).
+
+        begin, end      the recipe trains the steps after begin up to end; None: to the last one
+        """
+        end = steps if end is None else end
+        own_steps = f"and this recipe trains steps {begin + 1} to {end} of {steps}"
         name, *numbers = parse_post_step(self.post_step)
         if name == "deosc":
             start, period, _ = numbers
-            check(start + period <= steps,
-                  f"the first window of deosc ends after step {start + period}, and the run has "
-                  f"{steps} steps: give a smaller START or PERIOD, deosc:START:PERIOD:RATIO")
-        check(not (is_sharded and has_stats),
-              "a sharded model has no weight_stats: they need whole weights")
+            check(begin < start and start + period <= end,
+                  f"the first window of deosc is from step {start} to step {start + period}, "
+                  f"{own_steps}: give another START or PERIOD, deosc:START:PERIOD:RATIO")
+        if name == "cage":
+            _, start = numbers
+            check(start * steps < end,
+                  f"cage begins after {start} of the whole run, {own_steps}: give a smaller START, "
+                  "cage:STRENGTH:START")
         if is_sharded:
             for row in (self, self.down):
                 row.check_sharded()

@@ -106,11 +106,7 @@ def reshard_after_evaluation(model, args, output):
 def strip_class_of(layer, dtype):
     """Returns the class that says how the weight of a layer travels, or None: in float32."""
     if isinstance(layer, Linear):
-        if layer.has_kernels:
-            return PackedStrip
-        if layer.recipe.method == "fp8":
-            return Float8Strip
-        return None if layer.recipe.is_quantized else CastStrip
+        return STRIPS[layer.recipe.travels_as]
     is_matrix = isinstance(layer, (nn.Embedding, nn.Linear))
     return RoundedStrip if is_matrix and dtype != torch.float32 else None
 
@@ -250,6 +246,15 @@ class Float8Strip(QuantizedStrip):
         self.keep(fp8_strip.values.view(torch.uint8))       # gloo cannot send FP8.
 
     def received(self, values): return fp8.Scaled(values.view(fp8.E4M3), self.scale)
+
+
+# By the travels_as of a Recipe.
+STRIPS = {
+    "packed codes": PackedStrip,
+    "FP8 values": Float8Strip,
+    "values as activations have them": CastStrip,
+    "float32": None,
+}
 
 
 class RoundedStrip(CastStrip):

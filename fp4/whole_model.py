@@ -53,6 +53,31 @@ def weight_stats_of(model, is_on=True):
     return WeightStats(dict(linears(model)) if is_on else {})
 
 
+def set_recipe(model, recipe, backend=None):
+    """Gives every Linear inside a model another recipe, in place, from the next step on.
+
+    A layer that has it already stays as it is. Weights and biases stay the same objects, so that an
+    optimizer keeps what it knows about them. What follows from the recipe is made anew: the stored
+    copy of a weight, and what a post_step remembers. Who calls it also has to make anew what was
+    made from the model: compiled code, CUDA graphs and post_step_of(model). In a sharded model,
+    call quantize_weights before the next pass.
+
+    backend     what build() returns; None: call it, if the recipe has a product of MXFP4
+    Raises ValueError, before it changes any, if a layer does not fit the recipe, or if the weights
+    of a sharded model would have to travel in another form (sharded.py).
+    """
+    rows = {layer: recipe.down if layer.is_down else recipe for _, layer in linears(model)}
+    rows = {layer: row for layer, row in rows.items() if layer.recipe != row}
+    for layer, row in rows.items():
+        row.check_features(layer.in_features, layer.out_features)
+        check(not stored_weight.is_sharded(layer.weight)
+              or row.travels_as == layer.recipe.travels_as,
+              f"the weights of this sharded model travel as {layer.recipe.travels_as}, and with "
+              f"the new recipe it would be {row.travels_as}")
+    for layer, row in rows.items():
+        layer.set_recipe(row, backend)
+
+
 def mark_last(model, is_last):
     """Tells a model of several processes, before each microbatch, whether it is the step's last.
 

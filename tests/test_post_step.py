@@ -230,8 +230,9 @@ def test_numbers_may_be_left_out(word, numbers):
     (["--post_step", "deosc", "--signs", "before:before:before"], "needs a grid that stays"),
     (["--post_step", "cage", "--format", "nvfp4", "--rounding", "eden:nearest:nearest"],
      "needs a grid that stays"),
-    (["--post_step", "deosc:3:2"], "the first window of deosc ends after step 5, and the run has"
-                                   " 4 steps: give a smaller START or PERIOD"),
+    (["--post_step", "deosc:3:2"],
+     "the first window of deosc is from step 3 to step 5, and this recipe trains steps 1 to 4 of 4:"
+     " give another START or PERIOD"),
 ])
 def test_a_word_that_means_nothing_is_refused(run, tmp_path, flags, sentence):
     code, last_line, _ = run("--steps", 4, "--name", "r", *flags)

@@ -18,14 +18,16 @@ from .columns import prepare
 from .matmul import Matmul
 
 
-def load_kernels(recipe, backend=None):
-    """Loads what a layer of this recipe runs on, compiled if it is not yet.
+def load_kernels(recipes, gemm="auto", backend=None):
+    """Loads what layers of these recipes run on, compiled if it is not yet.
 
-    Returns the Backend that multiplies its MXFP4: the one that is given, or that build() chooses.
-    It returns None for a recipe without such a product.
+    Returns the Backend that multiplies their MXFP4: the one that is given, or that build(gemm)
+    chooses. It returns None for recipes without such a product.
     """
-    if not recipe.has_kernels:
-        prepare(recipe)
-    if recipe.has_packed_products and backend is None:
-        backend = build()
+    rows = [row for recipe in recipes for row in (recipe, recipe.down)]
+    for row in rows:
+        if not row.has_kernels:
+            prepare(row)
+    if backend is None and any(row.has_packed_products for row in rows):
+        backend = build(gemm)
     return backend

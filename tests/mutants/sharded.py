@@ -46,10 +46,10 @@ MUTANTS = [
            "    if n_processes == 1:\n", "    if n_processes == 0:\n",
            SAME_DATA + "[1-same_data:fp4:float32]"),
     Mutant("fp8 travels in float32", SHARDED,
-           'layer.recipe.method == "fp8"', 'layer.recipe.method == "fp9"',
+           '"FP8 values": Float8Strip', '"FP8 values": None',
            TRAFFIC + "[2-traffic:fp8:float32]"),
     Mutant("an emulated recipe gets a weight rounded to bfloat16", SHARDED,
-           "return None if layer.recipe.is_quantized else CastStrip", "return CastStrip",
+           '"float32": None', '"float32": CastStrip',
            GATHERED + "[2-gathered:nvfp4:bfloat16]"),
     Mutant("an unquantised weight travels in float32", SHARDED,
            "def to_send(self): return (self.rows.to(self.dtype),)\n\n"
