@@ -66,6 +66,10 @@ class Preset:
     tokens_per_param: float | None = 25
     data: str = "python"
 
+    @property
+    def n_params(self):
+        return count_params(self.n_layer, self.n_embd)
+
     def model_config(self, vocab_size, block_size):
         return ModelConfig(self.n_layer, self.n_embd, self.n_head, vocab_size, block_size)
 

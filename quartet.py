@@ -23,8 +23,8 @@ from functools import partial
 
 from data import signals
 from data.files import UserError, check, checked
-from fp4 import AXES, RECIPES, recipe
-from tools import cli, run              # the command line; the log and the lock of a run
+from fp4 import AXES, RECIPES
+from tools import cli, run, schedule    # the command line; the log; the length and recipes
 from tools.cli import flag
 
 MAX_RUNS = 10_000                       # of one command line
@@ -98,6 +98,10 @@ class Settings:
     sample: str = flag(None, "do not train: continue this text with the run's checkpoint")
     sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
 
+    # Another row for the last steps of the run.
+    switch: str = flag(None, "trains the last steps with another row, as in 0.8:fp4-bwd or "
+                             "0.8:fp4+scale=mse+rotation=128 (tools/schedule.py)")
+
     # Changes to the precision's row, which fp4/axes.py explains: seven columns, with one value or
     # three for forward:dgrad:wgrad, some also for the left/right operand; three products to switch
     # on or off; what acts on the weights between steps, such as cage or cage:10:0.8; and the format
@@ -137,7 +141,7 @@ from data import tokens
 from data.corpus import open_corpus
 from data.progress import bar_on_terminal
 from fp4.backend import GEMMS
-from model import PRESETS, Llama, count_params
+from model import PRESETS, Llama
 from tools import checkpoint, cuda_graph, energy, machine, processes
 
 
@@ -150,7 +154,7 @@ def resolve(settings):
     check(settings.keep_first + settings.keep_last <= preset.n_layer,
           f"{size} has {preset.n_layer} blocks: keep_first {settings.keep_first} and "
           f"keep_last {settings.keep_last} are more")
-    recipe_of(settings)
+    schedule.recipes_of(settings)
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     check(dtype in ("bfloat16", "float32"), f"dtype {dtype!r} is not bfloat16 or float32")
     check(settings.gemm in GEMMS, f"gemm {settings.gemm!r} is not one of {', '.join(GEMMS)}")
@@ -188,18 +192,6 @@ def default_microbatch(batch, n_embd):
     """A power of two that divides the batch, at most 64, and fewer sequences of a wide model."""
     fits = 2 ** int(math.log2(65536 / n_embd))
     return math.gcd(batch, min(64, fits))
-
-
-def recipe_of(cfg):
-    """The row of the table that the settings name, with the columns that they change."""
-    axes = {axis: getattr(cfg, axis) for axis in AXES}
-    return checked(recipe, cfg.precision, **axes)
-
-
-def n_steps(cfg, n_params):
-    """Length of a run in steps; cfg gives it in steps, in tokens or in tokens per parameter."""
-    n_tokens = cfg.tokens or (cfg.tokens_per_param or 0) * n_params
-    return cfg.steps or int(n_tokens // (cfg.batch * cfg.seq))
 
 
 # ---- schedule, data, evaluation
@@ -244,12 +236,12 @@ def build_model(cfg, vocab_size):
     if cfg.compile:
         # In an ablation one run follows another, and torch keeps only 8 compiled versions.
         torch.compiler.reset()
-    model_recipe = recipe_of(cfg)
-    backend = checked(fp4.build, cfg.gemm) if model_recipe.has_packed_products else None
+    recipes = schedule.recipes_of(cfg)
+    backend = checked(fp4.load_kernels, recipes, cfg.gemm)
     padded_vocab = 64 * math.ceil(vocab_size / 64)      # Matrix units are faster on such sizes.
     config = PRESETS[cfg.size].model_config(padded_vocab, cfg.seq)
     dtype = getattr(torch, cfg.dtype)
-    model = Llama(config, model_recipe, dtype, cfg.keep_first, cfg.keep_last, backend)
+    model = Llama(config, recipes[0], dtype, cfg.keep_first, cfg.keep_last, backend)
     # A sharded model is too large for one GPU: fp4.shard moves it there, piece by piece.
     return model if cfg.shard else model.to(cfg.device)
 
@@ -274,34 +266,44 @@ def train(cfg):
     """
     corpus = processes.one_before_others(lambda: open_corpus(cfg.data, cfg.vocab))
     with machine.errors_in_words(cfg):
-        model, steps = processes.all_or_none(lambda: prepare(cfg, corpus))
+        model, phases = processes.all_or_none(lambda: prepare(cfg, corpus))
         if cfg.shard:
             fp4.shard(model, model.blocks, cfg.device, model.dtype)
         optimizer = build_optimizer(model, cfg)
         if not cfg.resume:              # An earlier run of this name is kept.
             processes.by_rank_0(lambda: run.set_aside(cfg.folder))
         with processes.held_by_rank_0(run.lock(cfg.folder)):
-            history = begin(cfg, corpus, model, optimizer)
-            announce(cfg, corpus, model, steps)
-            with energy.of_run(cfg, history) as spent:
-                train_steps(cfg, corpus, model, optimizer, history, steps)
+            history = begin(cfg, corpus, model, optimizer, phases)
+            announce(cfg, corpus, model, phases)
+            with energy.of_run(cfg, history) as spent, processes.between_steps() as stop:
+                for phase in phases:    # one, or two with --switch
+                    if len(history) < phase.end:
+                        set_recipe(cfg, model, phase)
+                        train_steps(cfg, corpus, model, optimizer, history, phase, stop)
             finish(cfg, model, corpus, history, spent)
 
 
 def prepare(cfg, corpus):
-    """The model of a run, and its number of steps. What cannot be trained is refused here, before
+    """The model of a run, and its schedule.Phases. What cannot be trained is refused here, before
     anything is written."""
     tokens.check_long_enough(corpus.train, cfg.seq)
     processes.check_divides(cfg.batch, cfg.micro)
     model = build_model(cfg, corpus.vocabulary.size)
-    steps = n_steps(cfg, model.config.n_params)
-    run.check_length(steps, cfg.batch * cfg.seq)
-    checked(recipe_of(cfg).check_run, steps, cfg.shard, cfg.weight_stats)
-    return model, steps
+    return model, schedule.phases_of(cfg, model.config.n_params)
 
 
-def train_steps(cfg, corpus, model, optimizer, history, steps):
-    """The training loop: from the first step that is not in history to the last."""
+def set_recipe(cfg, model, phase):
+    """Give the blocks that are quantised the recipe of a phase. Their weights stay as they are, and
+    so do the optimizer's moments."""
+    quantized = model.blocks[cfg.keep_first:len(model.blocks) - cfg.keep_last]
+    fp4.set_recipe(quantized, phase.recipe, model.backend)
+    if cfg.compile:
+        torch.compiler.reset()          # What is compiled already is of another recipe.
+
+
+def train_steps(cfg, corpus, model, optimizer, history, phase, stop):
+    """The training loop: from the first step that is not in history to the last of a phase."""
+    steps = phase.steps
     n_micro = cfg.batch // cfg.micro
     eval_every = cfg.eval_every or max(1, steps // 10)
     forward = compiled(model, cfg)
@@ -318,8 +320,8 @@ def train_steps(cfg, corpus, model, optimizer, history, steps):
     saved_at = time.monotonic()
     log = run.Log(processes.own_path(run.log_path(cfg.folder)), weight_stats.columns)
     bar = bar_on_terminal(total=steps, initial=len(history), desc=cfg.name)
-    with log, bar, processes.between_steps() as stop:
-        for step in range(len(history), steps):
+    with log, bar:
+        for step in range(len(history), phase.end):
             done = step + 1
             is_evaluated = done % eval_every == 0 or done == steps
             if is_evaluated:
@@ -388,7 +390,7 @@ def compiled(model, cfg):
     return model
 
 
-def begin(cfg, corpus, model, optimizer):
+def begin(cfg, corpus, model, optimizer, phases):
     """Open the log of a run. Where it resumes, put its checkpoint into model and optimizer.
 
     Returns the steps that are done already, a list of run.Step.
@@ -406,6 +408,7 @@ def begin(cfg, corpus, model, optimizer):
         cfg.allow_changes or not changes.keys() - run.MAY_CHANGE,
         f"{cfg.folder} is another run ({what_changes}): choose another --name, or go on all the "
         "same with --allow_changes"))
+    set_recipe(cfg, model, schedule.phase_at(phases, len(state["history"])))
     history = checkpoint.restore(state, model, optimizer)
     optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
     # The log says for good how the steps so far were made. This head is for one that is lost.
@@ -420,11 +423,12 @@ def backend_description(model):
     return model.backend.description if model.backend else "not used"
 
 
-def announce(cfg, corpus, model, steps):
+def announce(cfg, corpus, model, phases):
     n_params = model.config.n_params
     n_others = sum(p.numel() for p in model.parameters()) - n_params
     print(f"{cfg.name}: {n_params:,} parameters and {n_others:,} in embedding and head; "
-          f"{steps:,} steps of {cfg.batch * cfg.seq:,} tokens of {corpus.token_in_words}; "
+          f"{schedule.in_words(phases)} of {cfg.batch * cfg.seq:,} tokens of "
+          f"{corpus.token_in_words}; "
           f"{cfg.dtype} on {machine.describe(cfg.device, processes.size())}; "
           f"fp4: {backend_description(model)}")
 
@@ -493,12 +497,13 @@ def continued(cfg, settings, typed):
         return dataclasses.replace(cfg, resume=False)
     state = checkpoint.load_newest(cfg.folder)
     cfg = settings_of(state, dataclasses.replace(settings, name=cfg.name), typed)
-    preset = PRESETS[cfg.size]
-    steps = n_steps(cfg, count_params(preset.n_layer, preset.n_embd))
+    n_params = PRESETS[cfg.size].n_params
+    steps = schedule.n_steps(cfg, n_params)
     done = len(state["history"])
     is_evaluated = run.Step(*state["history"][-1]).val is not None
     check(done < steps or done == steps and is_evaluated,
           f"{cfg.folder} has {done} steps already: give --steps {done + 1} or more")
+    schedule.check_longer(settings_of(state, settings), cfg, n_params, done)
     is_another = run.changes(state["config"], vars(cfg)).keys() - run.MAY_CHANGE
     if done == steps and not is_another and is_finished:
         print(f"{cfg.name} is finished after {done} steps; --resume --steps N makes it longer")
@@ -508,11 +513,10 @@ def continued(cfg, settings, typed):
 
 def expand_runs(settings):
     """The settings of each run that a command line means, seed by seed."""
-    lists = {axis: getattr(settings, axis) for axis in ("precision", *AXES)}
+    lists = {axis: getattr(settings, axis) for axis in ("precision", *AXES, "switch")}
     if settings.precision == "all":
         lists["precision"] = ",".join(RECIPES)
-    choices = [[None] if text is None else [value.strip() for value in text.split(",")]
-               for text in lists.values()]
+    choices = [schedule.listed(*item) for item in lists.items()]
     n_runs = settings.seeds * math.prod(map(len, choices))
     check(n_runs <= MAX_RUNS, f"these are {n_runs:,} runs, more than {MAX_RUNS:,}")
     check(settings.seed + settings.seeds - 1 <= cli.LARGEST_INT, "the last seed is too large")

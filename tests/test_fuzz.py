@@ -57,6 +57,7 @@ def good_values(field, corpus):
         "dtype": ["float32", "bfloat16", "float16"],
         "gemm": ["auto", "fp8", "own", "library"],
         "sample": ["def", "", "<|endoftext|>"],
+        "switch": ["none", "0.5:bf16", "0.5:fp4+scale=mse", "none,0.5:bf16", "0.5:fp4+x"],
     }
     if field.name in AXES:
         words = ["1", "0.84", "0.84/1"] if field.name == "multiplier" else AXES[field.name]

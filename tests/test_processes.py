@@ -537,6 +537,41 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(
     assert is_sharded == bool(shard)
 
 
+@pytest.mark.parametrize("kind, first, second, stop_after", [
+    ("two", ["bf16"], ["fp4-sr"], 3),
+    ("two", ["fp4"], ["bf16"], 4),
+    ("two-sharded", ["fp4"], ["fp4", "--scale", "nearest", "--rounding", "sr"], 3),
+    ("two-sharded", ["nvfp4"], ["quartet2"], 4)])
+def test_a_run_that_switches_is_two_runs_of_one_recipe_and_may_be_stopped_anywhere(
+        launch, tmp_path, kind, first, second, stop_after):
+    """The switch comes after step 3. Bit for bit, its first steps are those of a run without it,
+    and its last ones those of that run when it goes on with another precision."""
+    n, *shard = KINDS[kind]
+    row, *axes = second
+    changes = [f"+{axis[2:]}={value}" for axis, value in zip(axes[::2], axes[1::2])]
+    switched = [*SMALL, *shard, "--precision", *first, "--switch", f"0.5:{row}{''.join(changes)}"]
+    # The second phase has a DistributedDataParallel of its own, and that of the first is gone.
+    alone = at_step(4, "True", "import gc; assert sum(type(each) is torch.nn.parallel."
+                               "DistributedDataParallel for each in gc.get_objects()) <= 1")
+    assert launch(tmp_path, n, *switched, "--name", "whole", plant=alone).codes == [0, 0]
+    for name, args, done, others in (
+            ("stopped", switched, stop_after, []),
+            ("twice", switched[:-2], 3, ["--allow_changes", "--precision", *second])):
+        stopped = launch(tmp_path, n, *args, "--name", name, plant=stop("RANK == 0", done))
+        assert stopped.codes == [143, 143] and len(log(tmp_path / name)) == done
+        launched = launch(tmp_path, n, *shard, "--name", name, "--resume", *others)
+        assert launched.codes == [0, 0], launched
+        assert log(tmp_path / name) == log(tmp_path / "whole"), name
+        assert equal(weights(tmp_path / name), weights(tmp_path / "whole")), name
+
+
+def test_weights_of_a_sharded_model_cannot_travel_in_another_form_after_a_switch(launch, tmp_path):
+    launched = launch(tmp_path, 2, *SMALL, "--shard", "--precision", "bf16", "--switch", "0.5:fp4",
+                      "--name", "r")
+    assert launched.codes == [2, 2] and os.listdir(tmp_path) == []
+    assert "travel as values as activations have them and then as packed" in launched.sentence
+
+
 def test_a_checkpoint_has_no_state_of_a_generator(trained):
     for kind in ("two", "two-sharded"):
         saved = state(trained(kind, "fp4")[0])

@@ -634,7 +634,8 @@ def test_what_makes_another_model_may_neither_change_nor_be_passed_over():
     assert {*run.MAY_CHANGE, *run.NOT_IDENTITY} <= settings
     # The row, the blocks, the batches and the numbers in between: a run has the same to its end.
     assert settings - {*run.MAY_CHANGE, *run.NOT_IDENTITY} == {
-        "precision", *AXES, "keep_first", "keep_last", "size", "seq", "batch", "seed", "dtype"}
+        "precision", *AXES, "switch", "keep_first", "keep_last", "size", "seq", "batch", "seed",
+        "dtype"}
     # What only says how fast, on what and how often looked at makes two runs comparable.
     assert set(run.HARMLESS) == {
         "micro", "compile", "replay", "device", "gemm", "eval_every", "weight_stats"}

@@ -21,7 +21,7 @@ from data.corpus import open_corpus
 from data.files import UserError
 from model import PRESETS, Llama, ModelConfig, count_params
 from test_model import doubled, losses_by_hand
-from tools import machine
+from tools import machine, schedule
 from tools.run import Step, read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -285,8 +285,7 @@ def test_the_length_of_a_run_is_by_the_parameters_without_embedding_and_head():
             (["--size", "30M", "--steps", 9], 9),
             (["--size", "tiny"], 350)):
         cfg = resolved(*args)
-        preset = PRESETS[cfg.size]
-        assert quartet.n_steps(cfg, count_params(preset.n_layer, preset.n_embd)) == steps, args
+        assert schedule.n_steps(cfg, PRESETS[cfg.size].n_params) == steps, args
 
 
 def test_a_run_by_tokens_per_parameter_has_the_steps_of_its_blocks(run, two_blocks, tmp_path):

@@ -1,13 +1,12 @@
 """
 A trained model continues a text: --sample of quartet.py, and the sample at the end of a run.
 """
-import dataclasses
-
 import torch
 
 from data.files import checked
 from data.tokenizer import vocabulary_from_state
-from tools import checkpoint, machine
+from model import PRESETS
+from tools import checkpoint, machine, schedule
 
 
 def from_checkpoint(cfg, settings_of, build_model):
@@ -16,7 +15,7 @@ def from_checkpoint(cfg, settings_of, build_model):
     settings_of and build_model are the trainer's, which nothing in tools/ may import.
     """
     state = checkpoint.load(cfg.folder)
-    trained = dataclasses.replace(settings_of(state, cfg), shard=False)
+    trained = schedule.settings_at(settings_of(state, cfg), PRESETS, len(state["history"]))
     vocabulary = vocabulary_from_state(state["corpus"]["vocabulary"])
     with machine.errors_in_words(trained):
         model = build_model(trained, vocabulary.size)

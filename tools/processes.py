@@ -18,6 +18,7 @@ torchrun ends them within 30 seconds.
 """
 import contextlib
 import datetime
+import gc
 import itertools
 import math
 import os
@@ -291,6 +292,8 @@ def average_gradients(model):
     """
     if size() == 1:
         return model
+    # One of an earlier phase (schedule.py) refers to itself, and keeps the gradients until this.
+    gc.collect()
     # torch.compile would split a graph for it, which our autograd functions do not support.
     torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():     # Its new name for broadcast_buffers is not in torch 2.11.

@@ -172,7 +172,7 @@ def open_checkpoint(path, sequences):
 def unquantized_settings(config):
     """Returns the settings of a run, resolved again for this machine, with nothing quantised."""
     import quartet
-    unquantized = dict(precision="bf16", keep_first=0, keep_last=0, gemm="auto")
+    unquantized = dict(precision="bf16", switch=None, keep_first=0, keep_last=0, gemm="auto")
     changes = unquantized | dict.fromkeys(AXES)
     return quartet.settings_of(dict(config=config | changes), quartet.Settings())
 

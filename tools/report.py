@@ -162,7 +162,10 @@ def variants(groups):
 
 
 def is_variant(run):
-    """Is this a run of fp4, or of a variant that multiplies in 4 bits in the forward pass?"""
+    """Is this a run of fp4, or of a variant that multiplies in 4 bits in the forward pass, and in
+    all steps?"""
+    if run.config.get("switch"):
+        return False                    # That is another kind of row.
     precision = run.config["precision"]
     is_fp4 = precision.split("-")[0] == "fp4" and precision in RECIPES
     return is_fp4 and RECIPES[precision].forward and run.config.get("forward") != "off"

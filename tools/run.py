@@ -64,6 +64,8 @@ def label(config):
     config is the dictionary of a run's settings.
     """
     parts = [variant_name(config["precision"], config)]
+    if config.get("switch"):
+        parts.append(f"switch-{config['switch']}")
     for setting in ("keep_first", "keep_last"):
         if config.get(setting):
             parts.append(f"{setting}-{config[setting]}")
@@ -529,7 +531,7 @@ def check_types(config, corpus, resumed):
     """Raises TypeError unless the notes in a log have the types that names and tables need."""
     texts = dict.fromkeys(("precision", "name", "size", "data"), str)
     counts = dict.fromkeys(("seed", "batch", "seq"), int)
-    optional = dict.fromkeys(AXES, (str, type(None)))
+    optional = dict.fromkeys((*AXES, "switch"), (str, type(None)))
     optional |= dict.fromkeys(("keep_first", "keep_last", "jobs", "vocab"), (int, type(None)))
     optional |= dict.fromkeys(LENGTHS, (int, float, type(None)))
     for name, kinds in (texts | counts | optional).items():

@@ -8,7 +8,6 @@ A trained model as a folder that Hugging Face's transformers loads.
 DIR is there whole or not at all; one that has files in it is refused.
 """
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -40,7 +39,8 @@ if __name__ == "__main__":
 
 import quartet
 from data.tokenizer import vocabulary_from_state
-from tools import checkpoint, machine
+from model import PRESETS
+from tools import checkpoint, machine, schedule
 from tools.huggingface import vocabulary, weights
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}     # as generate.py draws
@@ -59,8 +59,8 @@ def export(run, folder, form):
           "the package safetensors writes the file of tensors: pip install safetensors")
     state = checkpoint.read(run) if os.path.isfile(run) else checkpoint.load_newest(run)
     cfg = quartet.settings_of(state, quartet.Settings(device="cpu"))
-    cfg = dataclasses.replace(cfg, shard=False)
-    weights.check_form(form, quartet.recipe_of(cfg))
+    cfg = schedule.settings_at(cfg, PRESETS, len(state["history"]))
+    weights.check_form(form, schedule.recipe_of(cfg))
     own = vocabulary_from_state(state["corpus"]["vocabulary"])
     with machine.errors_in_words(cfg):
         model = quartet.build_model(cfg, own.size)

@@ -19,6 +19,7 @@ from data import prepare, signals
 from data.files import check
 from fp4.axes import AXES
 from model import PRESETS, Preset, count_params
+from tools import schedule
 from tools.ablation import finish
 from tools.run import HARMLESS, LENGTHS, read_log, resumed_otherwise
 from tools.scaling.runs import COLUMNS
@@ -104,7 +105,7 @@ def settings_of_run(out, size, precision, budget, data, flags):
         "--data", data,
         *flags,
     ]))
-    steps = quartet.n_steps(cfg, n_params=0)    # Of no interest, as the tokens are given.
+    steps = schedule.n_steps(cfg, n_params=0)    # Of no interest, as the tokens are given.
     return dataclasses.replace(cfg, eval_every=max(1, steps // 2))
 
 
@@ -152,7 +153,7 @@ def describe_run(config):
     cfg = SimpleNamespace(**config)
     preset = (PRESETS | TOY)[cfg.size]
     n_params = count_params(preset.n_layer, preset.n_embd)
-    steps = quartet.n_steps(cfg, n_params)
+    steps = schedule.n_steps(cfg, n_params)
     forward, backward = method_names(config)
     row = {
         "params": n_params,
@@ -168,7 +169,8 @@ def describe_run(config):
 
 
 def method_names(config):
-    """Returns (forward, backward) of a run; an axis that was changed is part of the names."""
+    """Returns (forward, backward) of a run; an axis that was changed is part of the names, and so
+    is a switch to another recipe."""
     precision = config["precision"]
     forward, backward = METHODS.get(precision, (precision, precision))
     changes = "".join(f" {axis}={config[axis]}" for axis in AXES if config.get(axis))
@@ -176,7 +178,8 @@ def method_names(config):
         forward += changes
     if backward != "BF16":
         backward += changes
-    return forward, backward
+    switch = f" switch={config['switch']}" if config.get("switch") else ""
+    return forward + switch, backward + switch
 
 
 def collect(patterns):
