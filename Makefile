@@ -20,6 +20,9 @@ train: kernels matplotlib ## train the tiny model in FP4 and print a sample: 4 m
 ablation: kernels matplotlib ## the study of tools/README.md; without a GPU a small one
 	$(PYTHON) -m tools.study recipes $(ARGS)
 
+speedrun: kernels matplotlib ## on a GPU: time to a target loss, all in 4 bits; tools/README.md
+	$(PYTHON) -m tools.speedrun $(ARGS)
+
 law: kernels matplotlib ## train a small sweep in BF16 and FP4, and fit the scaling law to it
 	$(PYTHON) -m tools.scaling sweep --out out/law
 	$(PYTHON) -m tools.scaling collect 'out/law/*/log.csv' > out/law/runs.csv
@@ -90,5 +93,5 @@ test-packages: matplotlib
 	$(PYTHON) -m pip install -q nvidia-cuda-nvdisasm || \
 	echo "test: no nvdisasm, so that no machine code is checked"; fi
 
-.PHONY: help kernels train ablation law bench test test-all mutants style compile \
+.PHONY: help kernels train ablation speedrun law bench test test-all mutants style compile \
         lessons sanitize blackwell-report clean nvcc nvml matplotlib test-packages

@@ -400,6 +400,14 @@ def start(parse_argv, name="quartet", module=None, packages=PACKAGES):
     use_venv(program, packages)
 
 
+def answer_help(text, argv):
+    """Print the text where --help is asked for, and end: for a program whose other flags are those
+    of one that takes seconds to import."""
+    if "--help" in argv or "-h" in argv:
+        print(text.strip())
+        sys.exit()
+
+
 def use_venv(arguments, packages=PACKAGES):
     """Start over with the Python of .venv, which make creates, where this one lacks packages.
 

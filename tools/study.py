@@ -18,21 +18,14 @@ import os
 import shutil
 import sys
 import textwrap
+from functools import partial
 from typing import NamedTuple
 
 from data.files import UserError, atomic_write_text, check
 from tools import cli
 
-
-def answer_help(argv):
-    """Answer --help at once: quartet.py, which knows the flags, takes seconds to import."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__.strip())
-        sys.exit()
-
-
 if __name__ == "__main__":
-    cli.start(answer_help, "study", "tools.study")
+    cli.start(partial(cli.answer_help, __doc__), "study", "tools.study")
 
 import torch
 
