@@ -288,6 +288,8 @@ def prepare(cfg, corpus):
     anything is written."""
     tokens.check_long_enough(corpus.train, cfg.seq)
     processes.check_divides(cfg.batch, cfg.micro)
+    check(not (cfg.shard and cfg.weight_stats),
+          "a sharded model has no weight_stats: they need whole weights")
     model = build_model(cfg, corpus.vocabulary.size)
     return model, schedule.phases_of(cfg, model.config.n_params)
 
