@@ -268,7 +268,7 @@ MUTANTS = [
     Mutant("nothing is packed", MATMUL, "if operand.packs:", "if False:",
            TESTS + "what_a_packed_product_leaves_for_the_backward_pass_is_packed"),
     Mutant("quantisers are not loaded where there is a backend", "fp4/emulate/__init__.py",
-           "if not recipe.has_kernels:", "if not recipe.has_kernels and backend is None:", LOADED),
+           "if not row.has_kernels:", "if not row.has_kernels and backend is None:", LOADED),
     Mutant("packed products run without kernels", "fp4/emulate/__init__.py",
            "any(row.has_packed_products for", "any(row.has_kernels for", LOADED),
 ]

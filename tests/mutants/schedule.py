@@ -80,10 +80,10 @@ MUTANTS = [
     # ---- the model
     Mutant("a layer that does not fit is found when others have changed",
            "fp4/whole_model.py",
-           "        recipe.check_features(layer.in_features, layer.out_features)\n"
+           "        row.check_features(layer.in_features, layer.out_features)\n"
            "        check(not stored", "        check(not stored", LEFT),
     Mutant("a layer that has the recipe forgets its state", "fp4/whole_model.py",
-           "linears(model) if layer.recipe != recipe]", "linears(model)]", SAME),
+           "rows.items() if layer.recipe != row}", "rows.items()}", SAME),
     Mutant("what an earlier post_step remembers stays", "fp4/post_step.py",
            "        layer._buffers.pop(buffer, None)\n", "        pass\n", SAME),
     Mutant("a layer keeps its backend", "fp4/linear.py",
