@@ -121,7 +121,10 @@ def rope(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. linear(n_in, n_out) makes the layers whose products are quantised."""
+    """Causal self-attention. linear(n_in, n_out) makes the layers whose products are quantised.
+
+    cache, in sampling alone, keeps the keys and values of the tokens before x (tools/generate.py).
+    """
 
     def __init__(self, config, linear):
         super().__init__()
@@ -131,13 +134,16 @@ class Attention(nn.Module):
         # pass. So proj need not keep a quantised copy of it.
         self.proj = linear(config.n_embd, config.n_embd, recompute=True)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)            # each [B, n_head, T, D]
         q = rope(q, cos, sin)
         k = rope(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = cache.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -165,8 +171,8 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.n_embd)
         self.mlp = SwiGLU(config, linear)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attention(self.norm1(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attention(self.norm1(x), cos, sin, cache)
         return x + self.mlp(self.norm2(x))
 
 

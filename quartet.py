@@ -95,8 +95,13 @@ class Settings:
     dtype: str = flag(None, "of activations: bfloat16 | float32; default: float32 on a CPU")
 
     # Sampling.
-    sample: str = flag(None, "do not train: continue this text with the run's checkpoint")
+    sample: str = flag(None, "do not train: continue this text with the run's checkpoint; -: each "
+                             "line of the standard input")
     sample_tokens: int = flag(200, "length of a sample in tokens", least=0, most=1_000_000)
+    temperature: float = flag(0.8, "divides a sample's logits; 0: the likeliest tokens", least=0)
+    top_k: int = flag(50, "draw a sample's tokens from the k likeliest; 0: from all", least=0)
+    top_p: float = flag(1.0, "and from the fewest of these that have this probability together",
+                        least=0, most=1)
 
     # Another row for the last steps of the run.
     switch: str = flag(None, "trains the last steps with another row, as in 0.8:fp4-bwd or "
@@ -458,7 +463,7 @@ def finish(cfg, model, corpus, history, spent):
     """Print a sample, then draw the curve, and say where everything is."""
     from tools import generate, report      # Only a finished run needs them.
     try:
-        text = generate.sample(model, corpus.vocabulary, "def", cfg)
+        text = generate.sample(model, corpus.vocabulary, ["def"], cfg)[0]
     except UserError as error:          # A sample never ends a run.
         text = f"(no sample: {error})"
     print(f"\n{text}")

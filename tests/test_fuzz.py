@@ -56,7 +56,9 @@ def good_values(field, corpus):
         "device": ["cpu", "cuda", "cuda:1"],
         "dtype": ["float32", "bfloat16", "float16"],
         "gemm": ["auto", "fp8", "own", "library"],
-        "sample": ["def", "", "<|endoftext|>"],
+        "sample": ["def", "", "<|endoftext|>", "-"],
+        "temperature": ["0", "0.8", "1e-300", "1e300"],
+        "top_p": ["0", "0.5", "1"],
         "switch": ["none", "0.5:bf16", "0.5:fp4+scale=mse", "none,0.5:bf16", "0.5:fp4+x"],
     }
     if field.name in AXES:

@@ -1,6 +1,5 @@
 """A trained model as a folder of Hugging Face: is it the same model, and is the folder whole?"""
 import glob
-import inspect
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from data.texts import END
 from data.tokenizer import Characters, Gpt2, Own, Vocabulary
 from fp4 import ops, reference, stored_weight
 from model import Llama, ModelConfig
-from tools import checkpoint, generate
+from tools import checkpoint
 from tools.huggingface import __main__ as huggingface
 from tools.huggingface import vocabulary, weights
 
@@ -164,12 +163,12 @@ def test_a_bf16_model_writes_the_same_text_there(tmp_path):
 def test_it_draws_there_as_our_samples_do(tmp_path):
     folder = str(tmp_path / "hf")
     huggingface.write(model_of(fp4.RECIPES["bf16"]), OWN, folder, "bf16")
-    defaults = inspect.signature(generate.generate).parameters
     with open(tmp_path / "hf" / "generation_config.json") as file:
         said = json.load(file)
     assert said["do_sample"] and said["eos_token_id"] == OWN.encode(END)[0]
-    assert {name: said[name] for name in ("temperature", "top_k")} == {
-        name: defaults[name].default for name in ("temperature", "top_k")}
+    defaults = quartet.Settings()
+    assert (said["temperature"], said["top_k"]) == (defaults.temperature, defaults.top_k)
+    assert defaults.top_p == 1          # which is what it is there, where nothing is said
 
 
 def test_rows_of_the_padded_vocabulary_stay_and_that_is_said(tmp_path):

@@ -33,8 +33,8 @@ CODE = (".py", ".cu", ".cuh", ".cpp", ".h")     # what a change of makes another
 
 # Settings that do not change which model comes out of a run. All others are its identity: if they
 # are equal to those in the log of a folder, then the folder holds the same run.
-NOT_IDENTITY = ("resume", "discard", "out", "name", "sample", "sample_tokens", "seeds", "jobs",
-                "keep", "allow_changes", "shard")
+NOT_IDENTITY = ("resume", "discard", "out", "name", "sample", "sample_tokens", "temperature",
+                "top_k", "top_p", "seeds", "jobs", "keep", "allow_changes", "shard")
 NO_KERNELS = "not used"                 # quartet.backend_description() of a row without kernels
 LENGTHS = ("steps", "tokens", "tokens_per_param")
 MAX_STEPS = 2 ** 31

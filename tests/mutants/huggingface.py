@@ -114,6 +114,7 @@ MUTANTS = [
            'PATTERN.replace("{1,3}+", "{1,3}")',
            'PATTERN.replace("{1,3}+", "{1,3}").replace(r"\\s", " ")',
            T + "test_characters_are_of_the_same_kind_there"),
-    Mutant("samples are drawn at another temperature", MAIN, '"temperature": 0.8',
-           '"temperature": 1.0', T + "test_it_draws_there_as_our_samples_do"),
+    Mutant("samples are drawn at another temperature", MAIN,
+           '"temperature": quartet.Settings.temperature', '"temperature": 1.0',
+           T + "test_it_draws_there_as_our_samples_do"),
 ]

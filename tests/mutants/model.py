@@ -99,9 +99,10 @@ MUTANTS = [
            "self.gate_up(x).chunk(2, dim=-1)", "self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)",
            MLP),
     Mutant("the feed-forward layer reads what attention read", "model.py",
-           "x = x + self.attention(self.norm1(x), cos, sin)\n"
+           "x = x + self.attention(self.norm1(x), cos, sin, cache)\n"
            "        return x + self.mlp(self.norm2(x))",
-           "return x + self.attention(self.norm1(x), cos, sin) + self.mlp(self.norm2(x))", LOGITS),
+           "return x + self.attention(self.norm1(x), cos, sin, cache) + "
+           "self.mlp(self.norm2(x))", LOGITS),
     Mutant("a block uses its first norm twice", "model.py",
            "self.mlp(self.norm2(x))", "self.mlp(self.norm1(x))", LOGITS),
     Mutant("the feed-forward layer's input is not normed", "model.py",

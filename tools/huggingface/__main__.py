@@ -43,7 +43,9 @@ from model import PRESETS
 from tools import checkpoint, machine, schedule
 from tools.huggingface import vocabulary, weights
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}     # as generate.py draws
+# As --sample draws, unless flags say otherwise.
+SAMPLING = {"do_sample": True, "temperature": quartet.Settings.temperature,
+            "top_k": quartet.Settings.top_k}
 
 
 # ---- from a checkpoint
