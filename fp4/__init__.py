@@ -18,6 +18,7 @@ MODULE_OF = {
     "set_recipe": "whole_model",
     "load_kernels": "emulate",
     "shard": "sharded",
+    "pack_weights": "inference",
     "linear_cross_entropy": "cross_entropy",
     "mark_last": "whole_model",
     "post_step_of": "whole_model",

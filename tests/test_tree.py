@@ -20,7 +20,7 @@ METHOD = [
     "fp4.backend", "fp4.toolchain", "fp4.build", "fp4.emulate.quantizers", "fp4.emulate.columns",
     "fp4.emulate.matmul", "fp4.emulate.fp8", "fp4.emulate.baselines", "fp4.emulate",
     "fp4.stored_weight", "fp4.post_step", "fp4.weight_stats", "fp4.linear",
-    "fp4.sharded", "fp4.whole_model", "fp4.window", "fp4",
+    "fp4.sharded", "fp4.whole_model", "fp4.inference", "fp4.window", "fp4",
 ]
 
 

@@ -14,6 +14,7 @@ four-over-six, tetrajet2, quartet2, luq-*, halo-fp4, lss-int4) or a square of 32
 (jetfire-fp4), it depends on which tokens are computed together. A forward product with random
 signs, or with rounding that is stochastic or EDEN's, is random in any case.
 """
+import dataclasses
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import fp4
 from data.files import check, checked
 from data.tokenizer import vocabulary_from_state
 from fp4 import stored_weight
@@ -43,9 +45,20 @@ def from_checkpoint(cfg, settings_of, build_model):
     vocabulary = vocabulary_from_state(state["corpus"]["vocabulary"])
     texts = processes.by_rank_0(lines_of_input) if cfg.sample == "-" else [cfg.sample]
     with machine.errors_in_words(trained):
-        model = build_model(trained, vocabulary.size)
+        # The weights are packed before they go to the GPU, which need not hold them in float32.
+        model = build_model(dataclasses.replace(trained, device="cpu"), vocabulary.size)
         checkpoint.restore_model(state, model)
-        return BETWEEN_TEXTS.join(sample(model, vocabulary, texts, cfg))
+        hold_for_inference(model)
+        return BETWEEN_TEXTS.join(sample(model.to(cfg.device), vocabulary, texts, cfg))
+
+
+def hold_for_inference(model):
+    """Rounds each weight to what the forward pass makes of it in any case: packed, where it runs on
+    the kernels, or the dtype of the activations. A row that is emulated keeps float32 weights in
+    its blocks."""
+    fp4.pack_weights(model, model.dtype)
+    model.embed.to(model.dtype)
+    model.head.to(model.dtype)
 
 
 def lines_of_input():
