@@ -26,7 +26,7 @@ from .check import check
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = os.path.join(HERE, "kernels")
 CPU_SOURCES = ("bind.cpp", "cpu.cpp")
-CUDA_SOURCES = ("quantize.cu", "elementwise.cu", "fp8_tiles.cu")
+CUDA_SOURCES = ("quantize.cu", "elementwise.cu", "matvec.cu", "fp8_tiles.cu")
 COLUMN_CPU_SOURCES = ("columns_bind.cpp", "columns_cpu.cpp")        # of a GemmSpec: load_columns()
 COLUMN_CUDA_SOURCES = ("quantize_columns.cu",)
 SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h")

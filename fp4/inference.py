@@ -3,7 +3,9 @@ A trained model that only computes outputs holds its weights packed: 4.25 bits a
 
 Training keeps a weight in float32 for the optimizer, beside its quantised copy and the mask of what
 was clipped, for the gradient. The forward product reads the quantised copy alone. So without
-training nothing else is needed, and a layer computes the same from it, to the last byte.
+training nothing else is needed, and a layer computes the same from it, to the last byte. Up to 8
+rows at a time, as in decoding, are multiplied by a kernel that reads the packed weight once
+(kernels/matvec.cu): the same product, summed in another order.
 """
 import torch.nn as nn
 
@@ -31,7 +33,12 @@ class PackedLinear(nn.Module):
     def forward(self, x):
         """x [..., K] -> [..., N] in x's dtype."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y, _, _ = ops.quantize_gemm(rows, self.scale, Packed(self.codes, self.scales))
+        weight = Packed(self.codes, self.scales)
+        if len(rows) <= ops.MATVEC_ROWS:
+            packed, _ = ops.quantize_forward(rows, self.scale)
+            y = ops.matvec(packed, weight, x.dtype)
+        else:
+            y, _, _ = ops.quantize_gemm(rows, self.scale, weight)
         y = y.view(*x.shape[:-1], len(self.codes))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 

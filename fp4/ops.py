@@ -39,6 +39,7 @@ SCALES = ("floor", "nearest")
 SIGN_ORDERS = ("before", "after", "none")
 OPERAND_FORMATS = ("packed", "mxf4", "fp8")
 
+MATVEC_ROWS = 8                 # the most that matvec multiplies (kernels/matvec.cu)
 TILE_SIDE = 128                 # of the tiles of FP8 values and of the tiles of scales
 BYTES_PER_SCALE_TILE = 512      # 128 rows of 4 scales
 
@@ -227,6 +228,20 @@ def gemm_shape(a, a_scales, b, b_scales, alpha, dtype):
 def gemm(a, b, alpha, dtype):
     """Returns alpha * a @ b.T, [M, N], of packed a [M, K] and b [N, K]."""
     return torch.ops.fp4.gemm(*a, *b, alpha, dtype)
+
+
+@op("matvec(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, ScalarType dtype) -> Tensor",
+    reference.matvec)
+def matvec_shape(x, x_scales, w, w_scales, dtype):
+    return x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
+
+
+def matvec(x, w, dtype):
+    """Returns x @ w.T, [M, N], of packed x [M, K] and w [N, K]; M is at most MATVEC_ROWS.
+
+    It reads each weight once, 17 bytes for 32 of them, and is for decoding.
+    """
+    return torch.ops.fp4.matvec(*x, *w, dtype)
 
 
 def gemm_of_packed(a, a_scales, b, b_scales, rows, columns, alpha, dtype):

@@ -166,6 +166,19 @@ def pack(code, e, finite):
     return code[:, 0::2] | (code[:, 1::2] << 4), scales
 
 
+def e2m1(codes):
+    """Returns what codes [M, K/2] stand for without their scales, [M, K/32, 32] in float32."""
+    code = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()
+    sign = 1 - 2 * (code >> 3)
+    values = torch.tensor(E2M1, device=codes.device)[code & 7] * sign
+    return values.unflatten(-1, (-1, 32))
+
+
+def e8m0(scales):
+    """Returns the powers of two that scale bytes stand for, in float32."""
+    return torch.where(scales == 255, torch.nan, pow2(scales.int().clamp_max(254) - 127))
+
+
 def dequantize(codes, scales, dtype):
     """Unpacks codes [M, K/2] and scales [M, K/32] to values [M, K].
 
@@ -175,11 +188,7 @@ def dequantize(codes, scales, dtype):
     check(codes.dtype == scales.dtype == torch.uint8 and matching,
           "codes [M, K/2] and scales [M, K/32] do not match: "
           f"{list(codes.shape)}, {list(scales.shape)}")
-    code = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()
-    sign = 1 - 2 * (code >> 3)
-    values = torch.tensor(E2M1, device=codes.device)[code & 7] * sign
-    scale = torch.where(scales == 255, torch.nan, pow2(scales.int().clamp_max(254) - 127))
-    return (values.unflatten(-1, (-1, 32)) * scale[..., None]).flatten(-2).to(dtype)
+    return (e2m1(codes) * e8m0(scales)[..., None]).flatten(-2).to(dtype)
 
 
 def bits(mask):
@@ -284,6 +293,18 @@ def gemm(a, a_scales, b, b_scales, alpha, dtype):
     a = dequantize(a, a_scales, torch.float64)
     b = dequantize(b, b_scales, torch.float64)
     return (alpha * (a @ b.T)).float().to(dtype)
+
+
+def matvec(x, x_scales, w, w_scales, dtype):
+    """Returns x @ w.T, [M, N], of packed x [M, K] and w [N, K] for few rows M, summed in float32.
+
+    Without their scales, the products of a block are multiples of 1/4, and their sum is exact. Of
+    32 lanes, lane i adds up blocks i, i + 32, i + 64, ...; then the lanes are added as in total.
+    """
+    terms = torch.einsum("mbi,nbi->mnb", e2m1(x), e2m1(w))
+    terms = terms * e8m0(x_scales)[:, None] * e8m0(w_scales)
+    rounds = F.pad(terms, (0, -terms.shape[-1] % 32)).unflatten(-1, (-1, 32)).unbind(-2)
+    return total(sum(rounds, torch.zeros(32, device=x.device)))[..., 0].to(dtype)
 
 
 def unrotate(d, mask, dtype):

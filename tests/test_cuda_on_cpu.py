@@ -35,8 +35,8 @@ import test_columns
 TESTS = Path(__file__).resolve().parent
 MODELS = TESTS / "models"
 KERNELS = TESTS.parent / "fp4" / "kernels"
-SOURCES = ["quantize.cu", "elementwise.cu", "fp8_tiles.cu", "scale_tiles.cu", "gemm_fp32.cu",
-           "gemm_sm90.cu", "kernels_on_cpu.cpp"]
+SOURCES = ["quantize.cu", "elementwise.cu", "matvec.cu", "fp8_tiles.cu", "scale_tiles.cu",
+           "gemm_fp32.cu", "gemm_sm90.cu", "kernels_on_cpu.cpp"]
 OBJECTS = TESTS.parent / "fp4" / "build" / "cuda_on_cpu"        # what earlier runs have compiled
 # Headers of single instructions, and the models that take their place.
 REPLACED_HEADERS = {"ptx/tma.cuh": "sm90_on_cpu.h", "ptx/wgmma.cuh": "sm90_on_cpu.h",
@@ -569,6 +569,53 @@ def test_the_product_in_fp32_is_exact_where_its_sums_are_and_elsewhere_a_sum_of_
     exact = reference.gemm(*a, *b, ALPHA, torch.float64)
     error = (product(a, b).double() - exact).abs()
     assert error.le(error_of_a_sum(a, b) + ulp(dtype) * exact.abs()).all()
+
+
+MATVEC_SHAPES = [(1, 4, 32), (8, 7, 160), (2, 33, 1056), (3, 5, 4096), (7, 1, 96), (5, 18, 2080)]
+
+
+def matvec_is_right(kernels, M, N, K, dtype):
+    torch.manual_seed(K)
+    x = Packed(*(tensor[:M].contiguous() for tensor in random_at_sizes(8, K, octaves=20)))
+    w = random_at_sizes(N, K, octaves=20)
+    w.scales[N // 2, 0] = 255                   # NaN
+    y = torch.full((M + 1, N), 77., dtype=dtype)
+    call(kernels.matvec, *x, *w, M, N, K, y, dtype == torch.bfloat16)
+    same([y[:M]], [reference.matvec(*x, *w, dtype)])
+    assert y[:M, N // 2].isnan().all() and not y[:M].isnan().all() or N == 1
+    return y[M].eq(77).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M, N, K", MATVEC_SHAPES)
+def test_the_product_of_few_rows_has_the_bits_of_the_definition(kernels, M, N, K, dtype):
+    assert matvec_is_right(kernels, M, N, K, dtype)
+
+
+@pytest.mark.parametrize("right, wrong", [
+    ("0x03020100u, 0x0C080604u", "0x03020100u, 0x0C080605u"),
+    ("0xF4F8FAFCu", "0xF4F8FAFBu"),
+    ("(four_codes >> 1) & 0x4444u", "(four_codes >> 1) & 0x0444u"),
+    ("eight_codes[i] >> 16", "eight_codes[i] >> 12"),
+    (".25f * float(sum)", ".5f * float(sum)"),
+    ("block = lane; block < blocks", "block = lane; block < blocks - 1"),
+    ("stride = 1; stride < 32; stride *= 2", "stride = 16; stride > 0; stride /= 2"),
+    ("first + min(r, rows - 1)", "first + r * 0"),
+    ("x_scale[m] * w_scale[r]", "x_scale[m] * w_scale[0]"),
+    ("lane == 0 && r < rows", "lane == 0"),
+    ("if (rows > M) {", "if (rows > M + 1) {"),
+])
+def test_a_mistake_in_the_product_of_few_rows_is_found(base, tmp_path, right, wrong):
+    kernels = kernels_with(Mistake("matvec.cu", right, wrong), "matvec.cu", base, tmp_path)
+
+    def is_right(M, N, K):
+        try:
+            return matvec_is_right(kernels, M, N, K, torch.float32)
+        except AssertionError:
+            return False
+
+    # One of them has memory behind its last row, which nothing may write to.
+    assert not all(is_right(*shape) for shape in MATVEC_SHAPES)
 
 
 def ulp(dtype): return 2 ** (-8 if dtype == torch.bfloat16 else -23)

@@ -3,10 +3,12 @@ import copy
 
 import pytest
 import torch
+from operands import error_of_a_sum
 from test_model import lively, tokens_of
 from torch import nn
 
 import fp4
+from fp4 import ops, reference
 from fp4.inference import PackedLinear
 from model import PRESETS, Llama, ModelConfig
 from tools import generate
@@ -78,6 +80,25 @@ def test_layers_that_are_emulated_stay_and_are_named():
     assert len(left) == 12 and left[0] == "blocks.0.attention.qkv"
     assert model.blocks[0].attention.qkv.weight.dtype == torch.float32
     assert fp4.pack_weights(lively(WIDE, fp4.RECIPES["fp4"]), torch.float32) == []
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_few_rows_are_the_same_product_summed_in_another_order(rows):
+    torch.manual_seed(0)
+    model = nn.Sequential(fp4.Linear(4096, 96, fp4.RECIPES["fp4"]))
+    x = torch.randn(rows, 4096)
+    with torch.no_grad():
+        trained = model(x)
+        fp4.pack_weights(model, torch.float32)
+        got = model(x)
+    packed, _ = ops.quantize_forward(x, "floor")
+    weight = ops.Packed(model[0].codes, model[0].scales)
+    if rows <= 8:
+        assert torch.equal(got, ops.matvec(packed, weight, torch.float32))
+        exact = reference.gemm(*packed, *weight, 1.0, torch.float64)
+        assert ((got - exact).abs() <= error_of_a_sum(packed, weight)).all()
+    else:
+        assert torch.equal(got, trained)
 
 
 class Twice(nn.Module):

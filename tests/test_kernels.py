@@ -470,6 +470,56 @@ def test_a_gradients_product_is_masked_and_rotated_back(M, N, K, dtype, ulp, dev
     assert not torch.allclose(got, other_mask, atol=.1 * exact.std())
 
 
+# ---- the product of few rows
+
+def first_rows(packed, rows):
+    return Packed(*(tensor[:rows].contiguous() for tensor in packed))
+
+
+@pytest.mark.parametrize("M, N, K", [
+    (1, 1, 32), (1, 130, 4096), (8, 7, 160), (2, 33, 1056), (5, 18, 2080), (3, 0, 64), (0, 3, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_product_of_few_rows_has_the_bits_of_the_definition(M, N, K, dtype, device):
+    torch.manual_seed(K)
+    x = random_at_sizes(M, K, octaves=20)
+    w = random_at_sizes(N, K, octaves=20)
+    got = ops.matvec(*to_device(device, x, w), dtype).cpu()
+    same([got], [reference.matvec(*x, *w, dtype)])
+    if M and N:                                 # Another NaN is in no other row and column.
+        x.scales[M - 1, 0] = w.scales[N // 2, -1] = 255
+        got = ops.matvec(*to_device(device, x, w), dtype).cpu()
+        same([got], [reference.matvec(*x, *w, dtype)])
+        assert got.isnan().sum() == M + N - 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_few_rows_of_every_scale_byte_are_multiplied_as_the_definition_says(device):
+    w = every_scale_byte()
+    x = first_rows(Packed(w.codes, w.scales.flip(1).contiguous()), 8)
+    for block in range(256):                    # one by one, because some of them are NaN
+        pair = [Packed(packed.codes[:, 16 * block:16 * block + 16].contiguous(),
+                       packed.scales[:, block:block + 1].contiguous()) for packed in (x, w)]
+        got = ops.matvec(*to_device(device, *pair), torch.float32).cpu()
+        same([got], [reference.matvec(*pair[0], *pair[1], torch.float32)])
+
+
+def test_the_product_of_few_rows_takes_no_operand_it_would_misread():
+    x = random_packed(9, 64)
+    w = random_packed(5, 64)
+    with pytest.raises(RuntimeError, match="at most 8 rows, got 9"):
+        ops.matvec(x, w, torch.float32)
+    x = first_rows(x, ops.MATVEC_ROWS)
+    with pytest.raises(RuntimeError, match="inner dimensions differ: 64 and 96"):
+        ops.matvec(x, random_packed(5, 96), torch.float32)
+    with pytest.raises(RuntimeError, match="dtype must be float32 or bfloat16"):
+        ops.matvec(x, w, torch.float16)
+    with pytest.raises(RuntimeError, match="do not match"):
+        ops.matvec(x, Packed(w.codes, w.scales[:4]), torch.float32)
+
+
+# ---- NaN, windows, and what is refused
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_nan_scale_makes_the_row_of_the_product_nan_and_no_other(device):
     a = random_packed(200, 256)

@@ -129,6 +129,7 @@ STORED = stored_weight.parts(stored_weight.quantize(WEIGHT, "nearest"))
     ("dequantize", (*TALL, torch.bfloat16)),
     ("dequantize", (*TALL, torch.float32)),
     ("gemm", (*ops.quantize_forward(BF16_X, "floor")[0], *TALL, 1.0, torch.bfloat16)),
+    ("matvec", (*(tensor[:8].contiguous() for tensor in TALL), *TALL, torch.bfloat16)),
     ("unrotate", (torch.randn(160, 96), TALL_MASK, torch.bfloat16)),
     ("quantize_gemm", (BF16_X, 1, *TALL)),
     ("quantize_gemm", (BF16_X.float(), 1, *TALL)),

@@ -9,6 +9,7 @@ import torch
 
 import fp4
 from fp4 import ops, reference
+from operands import error_of_a_sum, random_at_sizes
 
 fp4.build()                     # the large statistics run on the byte-equal kernels
 GOLDEN = np.load(Path(__file__).resolve().parent / "golden.npz")
@@ -550,6 +551,28 @@ def test_what_is_not_finite_reaches_every_output(bad):
     c, s, ct, st = reference.quantize_backward(x, NO_SIGNS, seeds, False, "before", "before")
     assert reference.dequantize(c, s, torch.float32)[3:5, :32].isnan().all()
     assert reference.dequantize(ct, st, torch.float32)[5:7, :32].isnan().all()
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 3, 32), (3, 5, 1024), (2, 4, 2112), (8, 2, 96)])
+def test_the_product_of_few_rows_is_that_of_its_sums_written_out(M, N, K):
+    x = random_at_sizes(M, K, octaves=20)
+    w = random_at_sizes(N, K, octaves=20)
+    x_values, w_values = (reference.dequantize(*packed, torch.float64).view(-1, K // 32, 32)
+                          for packed in (x, w))
+    got = reference.matvec(*x, *w, torch.float32)
+    for m, n in itertools.product(range(M), range(N)):
+        lanes = [np.float32(0)] * 32
+        for block in range(K // 32):            # The sum of a block is exact in float64.
+            term = (x_values[m, block] * w_values[n, block]).sum().item()
+            assert np.float32(term) == term
+            lanes[block % 32] += np.float32(term)
+        while len(lanes) > 1:                   # neighbours first
+            lanes = [a + b for a, b in zip(lanes[0::2], lanes[1::2])]
+        assert got[m, n].item() == lanes[0]
+    rounded = reference.matvec(*x, *w, torch.bfloat16)
+    assert torch.equal(rounded, got.bfloat16())
+    exact = reference.gemm(*x, *w, 1.0, torch.float64)
+    assert ((got - exact).abs() <= error_of_a_sum(x, w)).all()
 
 
 def dequantize_with_three_scales(implementation, floor):

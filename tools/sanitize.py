@@ -92,6 +92,7 @@ def calls(M, K, dtype, operand_format):
     for out_dtype in (torch.float32, torch.bfloat16):
         yield "dequantize", (codes, scales, out_dtype)
         yield "unrotate", (x, mask, out_dtype)
+        yield "matvec", (codes[:8], scales[:8], codes, scales, out_dtype)
     if operand_format != "packed":
         yield from gemm_calls(x, codes, scales, mask, operand_format)
     yield "packed_to_fp8", (codes, scales, ALPHA)

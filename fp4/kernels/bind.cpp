@@ -146,6 +146,34 @@ Tensor unrotate(const Tensor& d, const Tensor& mask, ScalarType dtype) {
   return x;
 }
 
+// Packed x [M, K] and w [N, K] -> x @ w.T [M, N], for few rows M.
+Tensor matvec(
+    const Tensor& x,
+    const Tensor& x_scales,
+    const Tensor& w,
+    const Tensor& w_scales,
+    ScalarType dtype) {
+  check_packed(x, x_scales);
+  const int64_t M = x.size(0);
+  const int64_t N = w.size(0);
+  const int64_t K = 2 * x.size(1);
+  check_right_operand(w, w_scales, x, K);
+  CHECK(M <= 8, "matvec multiplies at most 8 rows, got ", M);
+  Tensor y = new_matrix(x, M, N, dtype);
+  const Device device(x);
+  device.ops->matvec(
+      bytes(x),
+      bytes(x_scales),
+      bytes(w),
+      bytes(w_scales),
+      M,
+      N,
+      K,
+      float_matrix(y),
+      device.stream);
+  return y;
+}
+
 // ---- an operation of GPUs alone
 
 #ifdef USE_CUDA
@@ -183,6 +211,7 @@ void register_common(Library& library) {
   library.impl("requantize_transposed", TORCH_BOX(&requantize_transposed));
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("unrotate", TORCH_BOX(&unrotate));
+  library.impl("matvec", TORCH_BOX(&matvec));
 }
 
 }  // namespace

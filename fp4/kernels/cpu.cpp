@@ -8,6 +8,9 @@ in such a loop are 32 bits wide: a vector holds fewer lanes of these than of byt
 would take the lanes of the narrowest. A thread takes a range of such groups of blocks.
 */
 #include <torch/csrc/stable/ops.h>  // parallel_for, which runs on torch's own threads
+#include <algorithm>
+#include <array>
+#include <vector>
 #include "mxfp4.cuh"
 #include "ops.h"
 
@@ -394,6 +397,71 @@ void unrotate(
   unrotate_product(d, 1, mask, M, K, x);
 }
 
+// ---- the product for a few rows of x
+
+constexpr int64_t MIN_BLOCKS_PER_THREAD = 1 << 10;
+
+// The sum of the 32 products of two blocks of E2M1 values without their scales. They are multiples
+// of 1/4, so that the sum is exact in any order.
+float dot(const float* x, const float* w) {
+  float products[16] = {};
+  for (int i = 0; i < 32; i += 16)
+    LANES for (int j = 0; j < 16; j++)
+      products[j] += x[i + j] * w[i + j];
+  for (int n = 8; n > 0; n /= 2)
+    LANES for (int j = 0; j < n; j++)
+      products[j] += products[j + n];
+  return products[0];
+}
+
+// Sum number i of the 32 is that of the blocks i, i + 32, i + 64, ... Their total is a tree with
+// neighbours first, as of the threads of a warp.
+float total(std::array<float, 32>& sums) {
+  for (int stride = 1; stride < 32; stride *= 2)
+    for (int i = 0; i < 32; i += 2 * stride)
+      sums[i] += sums[i + stride];
+  return sums[0];
+}
+
+void matvec(
+    const uint8_t* x,
+    const uint8_t* x_scales,
+    const uint8_t* w,
+    const uint8_t* w_scales,
+    int64_t M,
+    int64_t N,
+    int64_t K,
+    FloatMatrix y,
+    void*) {
+  const int64_t blocks = K / 32;
+  std::vector<float> x_values(M * K);  // without their scales
+  for (int64_t i = 0; i < M * K; i += 8)
+    unpack(x + i / 2, 1, &x_values[i]);
+  const auto run = [&](int64_t begin, int64_t end) {
+    std::vector<std::array<float, 32>> sums(M);
+    for (int64_t n = begin; n < end; n++) {
+      std::fill(sums.begin(), sums.end(), std::array<float, 32>{});
+      for (int64_t block = 0; block < blocks; block++) {
+        float w_values[32];
+        for (int i = 0; i < 32; i += 8)
+          unpack(w + 16 * (n * blocks + block) + i / 2, 1, w_values + i);
+        const float w_scale = e8m0_value(w_scales[n * blocks + block]);
+        for (int64_t m = 0; m < M; m++) {
+          const float term = dot(&x_values[m * K + 32 * block], w_values);
+          const float x_scale = e8m0_value(x_scales[m * blocks + block]);
+          sums[m][block % 32] += term * x_scale * w_scale;
+        }
+      }
+      with_dtype(y, [&](auto* y) {
+        for (int64_t m = 0; m < M; m++)
+          store_float(y[m * N + n], total(sums[m]));
+      });
+    }
+  };
+  const int64_t rows_per_thread = ceil_div(MIN_BLOCKS_PER_THREAD, blocks + 1);
+  torch::stable::parallel_for(0, N, rows_per_thread, run);
+}
+
 }  // namespace
 
 const OpTable cpu_ops = {
@@ -402,6 +470,7 @@ const OpTable cpu_ops = {
     requantize_transposed,
     dequantize,
     unrotate,
+    matvec,
 };
 
 void dequantize_tile(

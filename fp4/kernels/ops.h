@@ -127,6 +127,18 @@ struct OpTable {
       int64_t K,
       FloatMatrix x,  // [M, K]
       void* stream);
+
+  // y = x @ w.T of packed matrices, for 1 to 8 rows of x.
+  void (*matvec)(
+      const uint8_t* x,         // [M, K/2] codes
+      const uint8_t* x_scales,  // [M, K/32]
+      const uint8_t* w,         // [N, K/2] codes
+      const uint8_t* w_scales,  // [N, K/32]
+      int64_t M,
+      int64_t N,
+      int64_t K,
+      FloatMatrix y,  // [M, N]
+      void* stream);
 };
 
 extern const OpTable cpu_ops;
@@ -161,7 +173,8 @@ void scale_values(
     float alpha,
     FloatMatrix out);  // [n]
 
-// ---- GPU only: the entries of cuda_ops that are in another file than the table (elementwise.cu)
+// ---- GPU only: the entries of cuda_ops that are in another file than the table (elementwise.cu,
+// matvec.cu)
 
 void dequantize_cuda(
     const uint8_t* codes,   // [M, K/2]
@@ -177,6 +190,17 @@ void unrotate_cuda(
     int64_t M,
     int64_t K,
     FloatMatrix x,  // [M, K]
+    void* stream);
+
+void matvec_cuda(
+    const uint8_t* x,         // [M, K/2] codes
+    const uint8_t* x_scales,  // [M, K/32]
+    const uint8_t* w,         // [N, K/2] codes
+    const uint8_t* w_scales,  // [N, K/32]
+    int64_t M,
+    int64_t N,
+    int64_t K,
+    FloatMatrix y,  // [M, N]
     void* stream);
 
 // ---- GPU only: making operands (quantize.cu, fp8_tiles.cu, scale_tiles.cu)

@@ -218,6 +218,7 @@ const OpTable cuda_ops = {
     requantize_transposed,
     dequantize_cuda,
     unrotate_cuda,
+    matvec_cuda,
 };
 
 const char* launch_error() {

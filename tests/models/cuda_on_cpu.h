@@ -240,6 +240,13 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   return result;
 }
 
+// Adds the four products of signed bytes to c.
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; i++)
+    c += int8_t(a >> (8 * i)) * int8_t(b >> (8 * i));
+  return c;
+}
+
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   n &= 31;
   return n ? high << n | low >> (32 - n) : high;

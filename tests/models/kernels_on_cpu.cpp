@@ -45,6 +45,11 @@ void unrotate(void* d, bool is_bf16, const int32_t* mask, int64_t M, int64_t K, 
   cuda_ops.unrotate({d, is_bf16}, mask, M, K, {x, x_is_bf16}, nullptr);
 }
 
+void matvec(const uint8_t* x, const uint8_t* x_scales, const uint8_t* w, const uint8_t* w_scales,
+            int64_t M, int64_t N, int64_t K, void* y, bool is_bf16) {
+  cuda_ops.matvec(x, x_scales, w, w_scales, M, N, K, {y, is_bf16}, nullptr);
+}
+
 void to_fp8_tiles(const uint8_t* codes, const uint8_t* scales, int64_t M, int64_t K, bool right,
                   void* values, float* tile_scales) {
   packed_to_fp8_tiles(codes, scales, M, K, right, values, tile_scales, nullptr);

@@ -27,6 +27,10 @@ VALUES = (IN_KERNELS
 SCALE = (IN_KERNELS
          + "test_the_kernels_arithmetic_rounds_a_scale_down_or_to_the_nearest_power_of_two")
 TO_BF16 = IN_KERNELS + "test_the_kernels_arithmetic_rounds_to_bfloat16_as_torch_does"
+FEW = IN_KERNELS + "test_the_product_of_few_rows_has_the_bits_of_the_definition"
+FEW_SCALES = (IN_KERNELS
+              + "test_few_rows_of_every_scale_byte_are_multiplied_as_the_definition_says")
+FEW_ON_CPU = ON_CPU + "test_the_product_of_few_rows_has_the_bits_of_the_definition"
 PRODUCT = IN_KERNELS + "test_a_product_is_within_the_error_of_an_fp32_sum_and_one_rounding"
 GRADIENT = IN_KERNELS + "test_a_gradients_product_is_masked_and_rotated_back"
 
@@ -140,6 +144,26 @@ MUTANTS = [
           "clamp_exponent(exponent(largest) - 2)", "clamp_exponent(exponent(largest) - 1)", SIZES),
 
     # ---- cpu.cpp
+    fault("a product of few rows sums the second half of each block twice", "cpu.cpp",
+          "products[j] += x[i + j] * w[i + j];", "products[j] += x[16 + j] * w[16 + j];", FEW),
+    fault("a product of few rows adds distant sums first", "cpu.cpp",
+          "  for (int stride = 1; stride < 32; stride *= 2)\n"
+          "    for (int i = 0; i < 32; i += 2 * stride)\n"
+          "      sums[i] += sums[i + stride];",
+          "  for (int stride = 16; stride > 0; stride /= 2)\n"
+          "    for (int i = 0; i < stride; i++)\n"
+          "      sums[i] += sums[i + stride];", FEW),
+    fault("a product of few rows adds up blocks in their order", "cpu.cpp",
+          "sums[m][block % 32] +=", "sums[m][0] +=", FEW),
+    fault("a product of few rows has one row of x", "cpu.cpp",
+          "dot(&x_values[m * K + 32 * block], w_values)", "dot(&x_values[32 * block], w_values)",
+          FEW),
+    fault("a product of few rows multiplies the scales first", "cpu.cpp",
+          "term * x_scale * w_scale", "term * (x_scale * w_scale)", FEW_SCALES),
+    fault("a product of few rows keeps the sums of the row before", "cpu.cpp",
+          "      std::fill(sums.begin(), sums.end(), std::array<float, 32>{});\n", "", FEW),
+    fault("a product of few rows takes more", "bind.cpp", "CHECK(M <= 8,", "CHECK(M <= 9,",
+          IN_KERNELS + "test_the_product_of_few_rows_takes_no_operand_it_would_misread"),
     fault("the last group of blocks is all zeros", "cpu.cpp",
           "f(first, left < W ? int(left) : W);", "f(first, left < W ? 0 : W);", SIZES),
     fault("threads leave out the last group of their blocks", "cpu.cpp",
@@ -428,6 +452,15 @@ MUTANTS = [
           "scales[row * blocks + block]", "scales[block * rows + row]", SWIZZLE),
 
     # ---- products
+    fault("a product of few rows reads one more row of w than there is", "matvec.cu",
+          "first + min(r, rows - 1)", "first + r",
+          survives="what is read there is not stored; tools/sanitize.py sees it on a GPU"),
+    fault("a product of few rows leaves out what is behind 1,024 columns", "matvec.cu",
+          "block += 32", "block += blocks", FEW_ON_CPU),
+    fault("a product of few rows writes y transposed", "matvec.cu",
+          "y[m * N + first + r]", "y[(first + r) * M + m]", FEW_ON_CPU),
+    fault("codes of negative values are those of positive ones", "matvec.cu",
+          "((four_codes >> 1) & 0x4444u) | 0x3210u", "0x3210u", FEW_ON_CPU),
     fault("a product in FP32 sums half of a block", "gemm_fp32.cu",
           "for (int i = 0; i < 32; i++) {\n", "for (int i = 0; i < 31; i++) {\n", FP32),
     fault("a product in FP32 has the scales of A for B", "gemm_fp32.cu",

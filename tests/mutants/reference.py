@@ -4,6 +4,7 @@ from tools.mutants import Mutant
 FILE = "fp4/reference.py"
 TESTS = "tests/test_reference.py::"
 SIZES = "tests/test_kernels.py::test_blocks_of_every_size_are_quantised_as_the_definition_says"
+FEW = TESTS + "test_the_product_of_few_rows_is_that_of_its_sums_written_out"
 
 MUTANTS = [
     # ---- the format
@@ -225,4 +226,12 @@ MUTANTS = [
     Mutant("every draw is the same", FILE,
            "    signs = torch.randint(", "    torch.manual_seed(0)\n    signs = torch.randint(",
            TESTS + "test_each_bit_of_the_signs_and_the_seeds_is_drawn_and_no_two_draws_agree"),
+    Mutant("a product of few rows adds up neighbouring blocks in a lane", FILE,
+           "unflatten(-1, (-1, 32)).unbind(-2)\n    return total(",
+           "unflatten(-1, (32, -1)).unbind(-1)\n    return total(", FEW),
+    Mutant("a product of few rows rounds its terms to bfloat16", FILE,
+           "terms * e8m0(x_scales)[:, None] * e8m0(w_scales)",
+           "(terms * e8m0(x_scales)[:, None] * e8m0(w_scales)).bfloat16().float()", FEW),
+    Mutant("a product of few rows has the scales of another row", FILE,
+           "* e8m0(w_scales)\n", "* e8m0(w_scales.roll(1, 0))\n", FEW),
 ]
