@@ -9,7 +9,9 @@ import torch
 
 from data.files import UserError
 from model import Llama
-from tools import bench, bench_others, bench_rows, bench_scaling, cli, machine, markdown, processes
+from tools import (
+    bench, bench_inference, bench_others, bench_rows, bench_scaling, cli, machine, markdown,
+    processes)
 from tools.bench_report import VOCABULARY
 from tools.bench_scaling import LOADS, ONE
 
@@ -491,7 +493,8 @@ def test_a_full_run_of_bench_measures_rows_and_several_gpus_at_the_end(
     monkeypatch.setattr(bench_rows, "main", program("rows"))
     monkeypatch.setattr(bench_others, "main", program("others"))
     monkeypatch.setattr(bench_scaling, "main", program("scaling"))
-    codes = dict(rows=None, others=None, scaling=None)
+    monkeypatch.setattr(bench_inference, "main", program("inference"))
+    codes = dict(rows=None, others=None, scaling=None, inference=None)
     assert bench.main([]) == 0 and seen == calls
     assert bench.main(["--only", "steps"]) == 0 and seen == calls
     for name in bench.PROGRAMS:

@@ -76,7 +76,7 @@ def test_unquantised_blocks_have_weights_in_the_dtype_of_the_activations():
 
 def test_layers_that_are_emulated_stay_and_are_named():
     model = lively(WIDE, fp4.RECIPES["nvfp4"])
-    left = fp4.pack_weights(model, torch.float32)
+    left = fp4.pack_weights(model, torch.bfloat16)
     assert len(left) == 12 and left[0] == "blocks.0.attention.qkv"
     assert model.blocks[0].attention.qkv.weight.dtype == torch.float32
     assert fp4.pack_weights(lively(WIDE, fp4.RECIPES["fp4"]), torch.float32) == []

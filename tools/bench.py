@@ -4,7 +4,7 @@ the same run; and, where there are several GPUs, how training scales with their 
 
     make bench                              # everything; rewrites the tables of fp4/README.md
     python -m tools.bench --only linears    # kernels | linears | steps; prints only
-    python -m tools.bench --only rows       # rows | others | scaling: a program of its own
+    python -m tools.bench --only rows       # others | scaling | inference: programs of their own
     python -m tools.bench --quick           # fewer shapes; prints only
     python -m tools.bench --gemm bf16       # with another product than this GPU's; prints only
 
@@ -23,7 +23,8 @@ the median of the ratio to BF16 in the same round. One layer is also timed witho
 
 All this is done on the first GPU. Then bench_rows.py measures a step of every row of the table of
 precisions, and bench_scaling.py several GPUs, if there are more. What bench_others.py measures,
-layers of another library, is not a part of `make bench`.
+layers of another library, and bench_inference.py, the steps of generate.py, are not a part of
+`make bench`.
 """
 import concurrent.futures
 import contextlib
@@ -44,7 +45,7 @@ import time
 from tools import cli
 
 
-PROGRAMS = ("rows", "others", "scaling")        # bench_rows.py, bench_others.py ...
+PROGRAMS = ("rows", "others", "scaling", "inference")   # bench_rows.py, bench_others.py ...
 
 
 def parse(argv):
