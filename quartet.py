@@ -13,7 +13,6 @@ A run leaves log.csv, curve.svg and ckpt.pt in out/NAME.
 Read from top to bottom: settings, schedule and evaluation, one run, main.
 """
 import dataclasses
-import itertools
 import math
 import os
 import sys
@@ -27,7 +26,6 @@ from fp4 import AXES, RECIPES
 from tools import cli, run, schedule    # the command line; the log; the length and recipes
 from tools.cli import flag
 
-MAX_RUNS = 10_000                       # of one command line
 CHECKPOINT_SECONDS = 15 * 60            # A run that is killed loses no more than that.
 
 
@@ -520,19 +518,7 @@ def continued(cfg, settings, typed):
 
 def expand_runs(settings):
     """The settings of each run that a command line means, seed by seed."""
-    lists = {axis: getattr(settings, axis) for axis in ("precision", *AXES, "switch")}
-    if settings.precision == "all":
-        lists["precision"] = ",".join(RECIPES)
-    choices = [schedule.listed(*item) for item in lists.items()]
-    n_runs = settings.seeds * math.prod(map(len, choices))
-    check(n_runs <= MAX_RUNS, f"these are {n_runs:,} runs, more than {MAX_RUNS:,}")
-    check(settings.seed + settings.seeds - 1 <= cli.LARGEST_INT, "the last seed is too large")
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    for seed, *values in itertools.product(seeds, *choices):
-        cfg = dataclasses.replace(settings, seed=seed, seeds=1, **dict(zip(lists, values)))
-        if settings.name is not None and n_runs > 1:
-            cfg = dataclasses.replace(cfg, name=f"{settings.name}-{run.label(vars(cfg))}")
-        yield resolve(cfg)
+    return map(resolve, schedule.expand(settings))
 
 
 def main(argv):

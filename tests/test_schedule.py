@@ -145,6 +145,16 @@ def test_a_list_of_switches_is_an_ablation_and_none_is_a_run_without_one():
         "x-fp4", "x-fp4-switch-0.5:bf16"]
 
 
+def test_an_axis_that_leaves_the_row_as_it_is_makes_no_other_run():
+    args = ["--size=tiny", "--device=cpu", "--post_step=none,cage", "--mean_split=off,on",
+            "--multiplier=1", "--down_input=none"]
+    runs = [(cfg.name, cfg.post_step, cfg.mean_split)
+            for cfg in quartet.expand_runs(quartet.parse(args))]
+    assert runs == [("tiny-fp4", None, None), ("tiny-fp4-cage", "cage", None),
+                    ("tiny-fp4-mean_split-on", None, "on"),
+                    ("tiny-fp4-mean_split-on-cage", "cage", "on")]
+
+
 def test_the_label_of_a_run_says_its_switch():
     cfg = settings("--scale", "mse", "--keep_first", 1, "--seed", 2, "--switch", "0.5:bf16")
     assert label(vars(cfg)) == "fp4-mse-switch-0.5:bf16-keep_first-1-seed2"

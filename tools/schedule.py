@@ -1,6 +1,6 @@
 """
-How long a run is, and which recipe each of its steps has: with --switch, the last ones have another
-than the first.
+Which runs a command line means, how long a run is, and which recipe each of its steps has: with
+--switch, the last ones have another than the first.
 
     --switch 0.8:fp4-bwd                        from 80 % of the steps on with the row fp4-bwd
     --switch 0.8:fp4+post_step=cage+scale=mse   with the row fp4, two of its columns changed
@@ -19,12 +19,19 @@ saved or evaluated between the two phases still belongs to the first.
 This module does not depend on the trainer: the settings cfg are any dataclass that has its fields.
 """
 import dataclasses
+import itertools
+import math
 from typing import NamedTuple
 
 from data.files import check, checked
 from fp4.axes import AXES, recipe, variant_name
-from fp4.recipes import Recipe
-from tools.run import check_length
+from fp4.recipes import RECIPES, Recipe
+from tools.cli import LARGEST_INT
+from tools.run import check_length, label
+
+MAX_RUNS = 10_000                       # of one command line
+# The axes that have a value which means that nothing is done.
+MAY_BE_NEEDLESS = ("multiplier", "mean_split", "post_step", "down_input")
 
 
 class Phase(NamedTuple):
@@ -69,6 +76,36 @@ def parse(word):
         check(axis in AXES, f"switch {word!r}: {axis!r} is not one of {', '.join(AXES)}")
         settings[axis] = value
     return share, settings
+
+
+# ---- the runs of a command line
+
+def expand(settings):
+    """Yields the settings of each run that a command line with comma lists means, seed by seed."""
+    lists = {axis: getattr(settings, axis) for axis in ("precision", *AXES, "switch")}
+    if settings.precision == "all":
+        lists["precision"] = ",".join(RECIPES)
+    choices = [listed(*item) for item in lists.items()]
+    n_runs = settings.seeds * math.prod(map(len, choices))
+    check(n_runs <= MAX_RUNS, f"these are {n_runs:,} runs, more than {MAX_RUNS:,}")
+    check(settings.seed + settings.seeds - 1 <= LARGEST_INT, "the last seed is too large")
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    for seed, *values in itertools.product(seeds, *choices):
+        cfg = dataclasses.replace(settings, seed=seed, seeds=1, **dict(zip(lists, values)))
+        cfg = without_needless_axes(cfg)
+        if settings.name is not None and n_runs > 1:
+            cfg = dataclasses.replace(cfg, name=f"{settings.name}-{label(vars(cfg))}")
+        yield cfg
+
+
+def without_needless_axes(cfg):
+    """The settings without what leaves the row as it is, such as --post_step none, so that the row
+    fp4 is called fp4 in a list of what changes it, too."""
+    for axis in MAY_BE_NEEDLESS:
+        other = dataclasses.replace(cfg, **{axis: None})
+        if cfg != other and recipe_of(cfg) == recipe_of(other):
+            cfg = other
+    return cfg
 
 
 # ---- the recipes of a run

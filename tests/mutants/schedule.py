@@ -95,4 +95,7 @@ MUTANTS = [
            "        self.has_kernels = recipe.has_kernels ",
            '        self.has_kernels = getattr(self, "has_kernels", recipe.has_kernels) ',
            COMPUTES),
+    Mutant("what changes nothing has a name of its own", "tools/schedule.py",
+           "        cfg = without_needless_axes(cfg)\n", "",
+           "tests/test_schedule.py::test_an_axis_that_leaves_the_row_as_it_is_makes_no_other_run"),
 ]
