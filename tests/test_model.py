@@ -166,7 +166,7 @@ def test_bfloat16_is_normed_and_turned_in_float32_and_rounded_once():
         assert (got == expected.bfloat16()).double().mean() >= .998
 
 
-def linear(n_in, n_out, recompute=False):
+def linear(n_in, n_out, recompute=False, is_down=False):
     return fp4.Linear(n_in, n_out, EXACT)
 
 
