@@ -695,6 +695,15 @@ def test_a_mean_that_all_tokens_share_costs_nothing_where_it_is_split_off():
     assert y_split < .7 * y_kept and dx_split < .9 * dx_kept and dw_split < .1 * dw_kept
 
 
+def test_a_mean_is_that_of_the_rows_and_of_no_rows_it_is_zero():
+    v = torch.randn(40, 96).bfloat16()
+    rest, mean = matmul.split_mean(v)
+    assert (mean - v.double().mean(0, keepdim=True)).abs().max() <= 1e-6
+    assert rest.dtype == mean.dtype == torch.float32 and torch.equal(rest, v.float() - mean)
+    rest, mean = matmul.split_mean(v[:0])
+    assert rest.shape == (0, 96) and mean.shape == (1, 96) and not mean.any()
+
+
 def test_down_input_changes_the_row_of_the_layers_that_are_down_and_no_other():
     plain = fp4.RECIPES["fp4"]
     row = fp4.recipe("fp4", down_input="mxfp8")

@@ -148,8 +148,11 @@ class Saved(NamedTuple):
 # ---- from matrices to operands of a product
 
 def split_mean(v):
-    """Returns v [R, K] without the mean of its rows, and this mean [1, K], both in float32."""
-    mean = v.float().mean(0, keepdim=True)
+    """Returns v [R, K] without the mean of its rows, and this mean [1, K], both in float32.
+
+    The mean of no rows is 0, so that a layer without tokens has gradients of 0.
+    """
+    mean = v.float().sum(0, keepdim=True) / max(len(v), 1)
     return v.float() - mean, mean
 
 

@@ -104,6 +104,8 @@ MUTANTS = [
            stated("nvfp4")),
     Mutant("the mean stays in what is quantised", MATMUL,
            "return v.float() - mean, mean", "return v.float(), mean", axis("fp4-mean_split-on")),
+    Mutant("the mean of no tokens is not a number", MATMUL, "/ max(len(v), 1)", "/ len(v)",
+           RECIPES + "a_mean_is_that_of_the_rows_and_of_no_rows_it_is_zero"),
     Mutant("the mean of x meets the rotated weight unrotated", MATMUL,
            "mean = rotate_for(pad_to_blocks(mean, spec), spec, signs)",
            "mean = pad_to_blocks(mean, spec)", axis("fp4-mean_split-on:off:off")),
