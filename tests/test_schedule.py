@@ -191,7 +191,8 @@ def test_an_old_log_has_no_switch_and_a_switch_of_another_type_is_no_log(run, tm
 # ---- the model gets another recipe
 
 CONFIG = ModelConfig(n_layer=3, n_embd=64, n_head=2, vocab_size=64, block_size=16)
-ROWS = ["bf16", "fp4", "fp8", "nvfp4"]
+ROWS = [fp4.recipe("bf16"), fp4.recipe("fp4"), fp4.recipe("fp8"),
+        fp4.recipe("fp4", down_input="mxfp8")]
 
 
 def loss_and_gradient(model):
@@ -201,23 +202,24 @@ def loss_and_gradient(model):
     return [loss, *torch.autograd.grad(loss, [*model.parameters()])]
 
 
-@pytest.mark.parametrize("first", ROWS)
-@pytest.mark.parametrize("second", ROWS)
+@pytest.mark.parametrize("first", ROWS, ids=range(4))
+@pytest.mark.parametrize("second", ROWS, ids=range(4))
 def test_after_a_switch_a_model_computes_what_one_of_the_second_recipe_does(first, second):
     torch.manual_seed(0)
-    model = Llama(CONFIG, fp4.recipe(first), torch.float32, 1, 0)
+    model = Llama(CONFIG, first, torch.float32, 1, 0)
     fp4.quantize_weights(model)
     loss_and_gradient(model)
-    fp4.set_recipe(model.blocks[1:], fp4.recipe(second))
+    fp4.set_recipe(model.blocks[1:], second)
     torch.manual_seed(0)
-    other = Llama(CONFIG, fp4.recipe(second), torch.float32, 1, 0)
+    other = Llama(CONFIG, second, torch.float32, 1, 0)
     fp4.quantize_weights(model)
     fp4.check_weights(model)
     for got, expected in zip(loss_and_gradient(model), loss_and_gradient(other), strict=True):
         assert torch.equal(got, expected)
     for block, is_kept in zip(model.blocks, (True, False, False)):
-        expected = fp4.recipe("bf16" if is_kept else second)
-        assert block.mlp.proj.recipe == block.attention.qkv.recipe == expected
+        expected = fp4.recipe("bf16") if is_kept else second
+        assert block.attention.qkv.recipe == expected
+        assert block.mlp.proj.recipe == expected.down
 
 
 def test_the_weights_stay_the_same_tensors_and_what_a_post_step_remembers_is_new():

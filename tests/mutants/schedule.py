@@ -83,7 +83,10 @@ MUTANTS = [
            "        row.check_features(layer.in_features, layer.out_features)\n"
            "        check(not stored", "        check(not stored", LEFT),
     Mutant("a layer that has the recipe forgets its state", "fp4/whole_model.py",
-           "rows.items() if layer.recipe != row}", "rows.items()}", SAME),
+           "for layer, row in rows.items() if layer.recipe != row}",
+           "for layer, row in rows.items()}", SAME),
+    Mutant("a down projection has the row of the others after a switch", "fp4/whole_model.py",
+           "{layer: recipe.down if layer.is_down else recipe for", "{layer: recipe for", COMPUTES),
     Mutant("what an earlier post_step remembers stays", "fp4/post_step.py",
            "        layer._buffers.pop(buffer, None)\n", "        pass\n", SAME),
     Mutant("a layer keeps its backend", "fp4/linear.py",
