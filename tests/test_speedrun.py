@@ -79,6 +79,10 @@ def test_every_product_has_to_be_in_4_bits():
     assert wide["fp4-fwd"] == ["dgrad", "wgrad"] and wide["fp4-bwd"] == ["forward"]
     mixed = fp4.recipe("fp4", format="mxfp4:mxfp8:mxfp4", scale="floor:absmax:absmax34")
     assert speedrun.products_not_in_4_bits(mixed) == ["dgrad"]
+    for axes in (dict(down_input="mxfp8"), dict(format="mxfp8/mxfp4:mxfp4:mxfp4"),
+                 dict(format="mxfp4/mxfp8:mxfp4:mxfp4")):
+        row = fp4.recipe("fp4", **axes)
+        assert speedrun.products_not_in_4_bits(row) == ["forward"], axes
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -121,11 +121,16 @@ def check_recipes(cfg):
 
 def products_not_in_4_bits(recipe):
     """The names of a recipe's products whose operands are not both in 4 bits."""
-    products = {name: getattr(recipe, name) for name in ("forward", "dgrad", "wgrad")}
+    names = ["forward", "dgrad", "wgrad"]
     if recipe.method:                   # It has no columns, but a name that says its format.
-        return [] if recipe.method.endswith(FOUR_BITS_METHODS) else list(products)
-    return [name for name, spec in products.items()
-            if spec is None or spec.format not in FOUR_BITS]
+        return [] if recipe.method.endswith(FOUR_BITS_METHODS) else names
+    return [name for name in names
+            if not all(is_in_4_bits(getattr(row, name)) for row in (recipe, recipe.down))]
+
+
+def is_in_4_bits(spec):
+    """Are both operands of a product in 4 bits? None is one that is not quantised."""
+    return spec is not None and {spec.left.format, spec.right.format} <= set(FOUR_BITS)
 
 
 # ---- the clock
