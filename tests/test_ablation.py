@@ -1194,8 +1194,10 @@ def test_the_study_asks_for_runs_that_exist_each_once(monkeypatch, tmp_path):
 def test_the_screen_trains_each_of_its_rows_with_three_seeds():
     out, configs = study.study_runs("screen", ["--device", "cpu", "--out", "elsewhere"])
     assert out == "elsewhere" and study.study_runs("screen", ["--device", "cpu"])[0] == "out/screen"
+    names = {(cfg.name.removesuffix(f"-seed{cfg.seed}"), cfg.seed) for cfg in configs}
+    assert len(configs) == len(names) == 3 * 14
+    assert {cfg.tokens_per_param for cfg in configs} == {100}
     rows = {(cfg.precision, cfg.post_step, cfg.keep_last) for cfg in configs}
-    assert len(configs) == 3 * len(rows) and {cfg.tokens_per_param for cfg in configs} == {100}
     assert ("bf16", None, 0) in rows and ("fp4", None, 0) in rows
     assert ("fp4", "cage:10:0.5", 0) in rows and ("fp4", None, 1) in rows
 

@@ -84,7 +84,14 @@ SCREEN = Study(
         # and weak throughout.
         "--precision fp4 --post_step cage:10:0.8,cage:30:0.8,cage:10:0.5,cage:30:0.5,cage:3:0",
         "--precision fp4 --post_step deosc",
+        # Other quantisers of the forward product, and a last block or an input that has more bits.
+        "--precision fp4 --rounding eden:nearest:nearest",
+        "--precision fp4 --scale mse/floor",
+        "--precision fp4 --mean_split on:off:off",
+        "--precision fp4 --down_input mxfp8",
         "--precision fp4 --keep_last 1",
+        # Most of the run in 8 bits.
+        "--precision fp8 --switch 0.8:fp4+post_step=cage:10:0.8",
     ),
 )
 STUDIES = {"recipes": RECIPES_STUDY, "screen": SCREEN}
