@@ -14,8 +14,10 @@ moves, and Q(w) jumps to and fro. Two published remedies, each a few lines below
                                     w has gone and how far Q(w) has. At the end of a window, w <-
                                     Q(w) where Q(w) has gone RATIO times as far or farther, and the
                                     next window begins. This is OsciReset of TetraJet-v2 (arXiv
-                                    2510.27527) as AMD-AGI/ALTO simplifies it, whose defaults are
-                                    2000, 200 and 4; TetraJet-v2's windows are 50 steps of each 200
+                                    2510.27527) as github.com/AMD-AGI/ALTO simplifies it, whose
+                                    report on MXFP4 takes 2000, 200 and 4; TetraJet-v2's windows are
+                                    50 steps of each 200. A block whose scale changes moves all of
+                                    its Q(w), and that counts as well, as it does there
 
 START of deosc is a number of steps, as its authors give it, so that a run which is resumed with
 more steps keeps its windows.
