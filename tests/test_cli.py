@@ -265,8 +265,11 @@ def test_help_is_answered_before_anything_is_imported(program):
     assert len(lines) == len(done.stderr.splitlines()), "something was said besides the help"
 
 
-# The study knows its flags from quartet.py, which imports torch.
-@pytest.mark.parametrize("program", [name for name in programs() if name != "-m tools.study"])
+# The study and the speedrun know their flags from quartet.py, which imports torch.
+FLAGS_OF_QUARTET = ("-m tools.study", "-m tools.speedrun")
+
+
+@pytest.mark.parametrize("program", [name for name in programs() if name not in FLAGS_OF_QUARTET])
 def test_a_mistyped_flag_is_answered_before_torch_is_imported(program):
     command = [sys.executable, "-X", "importtime", *program.split(), "--qwertz=--"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)

@@ -7,9 +7,10 @@ is trained on the corpus `python` until its validation text takes at most TARGET
     python -m tools.speedrun --write                        # and its row goes into README.md
     python -m tools.speedrun out/speedrun/NAME/log.csv --write      # of a run that is there
 
-The flags are those of quartet.py, which trains the run, but for those that make the task: size,
-corpus, vocabulary, seed, evaluations, and blocks that are not quantised. Which recipe, how many
-steps, of how many sequences, with which learning rate: that is everybody's own choice.
+The flags are those of quartet.py (`python quartet.py --help`), which trains the run, but for what
+makes the task: size, corpus, vocabulary, seed, evaluations, and blocks that are not quantised.
+Which recipe, how many steps, of how many sequences, with which learning rate: that is everybody's
+own choice.
 
 The clock is that of modded-nanogpt (github.com/KellerJordan/modded-nanogpt). It counts training
 steps, from the first one to the evaluation at which the target is reached, and neither evaluations
