@@ -39,7 +39,7 @@ SCALES = ("floor", "nearest")
 SIGN_ORDERS = ("before", "after", "none")
 OPERAND_FORMATS = ("packed", "mxf4", "fp8")
 
-MATVEC_ROWS = 8                 # the most that matvec multiplies (kernels/matvec.cu)
+MATVEC_ROWS = 8                 # the most that matvec multiplies, as in kernels/ops.h
 TILE_SIDE = 128                 # of the tiles of FP8 values and of the tiles of scales
 BYTES_PER_SCALE_TILE = 512      # 128 rows of 4 scales
 

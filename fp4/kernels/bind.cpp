@@ -158,7 +158,7 @@ Tensor matvec(
   const int64_t N = w.size(0);
   const int64_t K = 2 * x.size(1);
   check_right_operand(w, w_scales, x, K);
-  CHECK(M <= 8, "matvec multiplies at most 8 rows, got ", M);
+  CHECK(M <= MATVEC_ROWS, "matvec multiplies at most ", MATVEC_ROWS, " rows, got ", M);
   Tensor y = new_matrix(x, M, N, dtype);
   const Device device(x);
   device.ops->matvec(

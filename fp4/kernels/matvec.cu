@@ -29,7 +29,6 @@ namespace {
 
 constexpr int WARPS = 4;                        // of a CUDA block
 constexpr int ROWS = 4;                         // of w that a warp computes
-constexpr int MAX_M = 8;
 constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 
 // The 32 values of a block without its scale, doubled: 8 words of four signed bytes.
@@ -131,7 +130,7 @@ struct Arguments {
 // Calls the kernel for M rows, which is one that is compiled for this number.
 template <int M, class T>
 void launch_matvec(int64_t rows, const Arguments<T>& a, cudaStream_t stream) {
-  if constexpr (M < MAX_M) {
+  if constexpr (M < MATVEC_ROWS) {
     if (rows > M) {
       launch_matvec<M + 1, T>(rows, a, stream);
       return;

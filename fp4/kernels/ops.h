@@ -37,6 +37,9 @@ void with_dtype(FloatMatrix x, F f) {
     f((float*)x.data);
 }
 
+// The most rows of x that matvec multiplies. It stands in fp4/ops.py, too.
+constexpr int MATVEC_ROWS = 8;
+
 // How an operand of a matrix product lies in memory. A GPU's product wants its operands in tiles,
 // and the quantisers write them so at once, because rearranging them later would cost another
 // pass. The order of the values is that of OPERAND_FORMATS in fp4/ops.py.
@@ -128,7 +131,7 @@ struct OpTable {
       FloatMatrix x,  // [M, K]
       void* stream);
 
-  // y = x @ w.T of packed matrices, for 1 to 8 rows of x.
+  // y = x @ w.T of packed matrices, for 1 to MATVEC_ROWS rows of x.
   void (*matvec)(
       const uint8_t* x,         // [M, K/2] codes
       const uint8_t* x_scales,  // [M, K/32]
