@@ -93,6 +93,10 @@ PRESETS = {
 
 # ---- layers
 
+NORM_EPS = 1e-5                         # The norm of zeros divides by its root, not by 0.
+ROPE_THETA = 10000.0                    # Pairs of channels turn by 1 down to about 1/10000 a token.
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the channels, in float32, and scale each channel."""
 
@@ -102,11 +106,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)
         return (y * self.weight).to(x.dtype)
 
 
-def rope_table(T, D, theta=10000.0):
+def rope_table(T, D, theta=ROPE_THETA):
     """cos and sin [T, D/2] of the angle by which a pair of channels turns at each position."""
     frequency = theta ** (-torch.arange(0, D, 2) / D)
     angle = torch.outer(torch.arange(T), frequency)

@@ -38,7 +38,7 @@ BETWEEN_TEXTS = "\n----\n"
 def from_checkpoint(cfg, settings_of, build_model):
     """The text --sample, continued by the checkpoint of the run that cfg names; or several texts.
 
-    settings_of and build_model are the trainer's, which nothing in tools/ may import.
+    settings_of and build_model are those of quartet.py, which imports this module.
     """
     state = checkpoint.load(cfg.folder)
     trained = schedule.settings_at(settings_of(state, cfg), PRESETS, len(state["history"]))

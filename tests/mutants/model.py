@@ -48,8 +48,8 @@ MUTANTS = [
            "vocab_size, block_size)\n\n\n# tiny", "vocab_size, self.seq)\n\n\n# tiny", SIZES),
 
     # Norms
-    Mutant("the epsilon of the norms is 1e-2", "model.py", "+ 1e-5)", "+ 1e-2)", NORM),
-    Mutant("the epsilon of the norms is 1e-6", "model.py", "+ 1e-5)", "+ 1e-6)", NORM),
+    Mutant("the epsilon of the norms is 1e-2", "model.py", "EPS = 1e-5", "EPS = 1e-2", NORM),
+    Mutant("the epsilon of the norms is 1e-6", "model.py", "EPS = 1e-5", "EPS = 1e-6", NORM),
     Mutant("the norm divides by the root of the sum", "model.py",
            "y.square().mean(-1, keepdim=True)", "y.square().sum(-1, keepdim=True)", NORM),
     Mutant("the norm divides by the standard deviation", "model.py",
@@ -71,8 +71,8 @@ MUTANTS = [
            "x.float().unflatten(-1, (-1, 2)).unbind(-1)", "x.float().chunk(2, -1)", ROPE),
     Mutant("the pairs are turned the other way", "model.py",
            "a * cos - b * sin, a * sin + b * cos", "a * cos + b * sin, b * cos - a * sin", ROPE),
-    Mutant("theta is 100", "model.py", "theta=10000.0", "theta=100.0", ROPE),
-    Mutant("theta is Llama 3's", "model.py", "theta=10000.0", "theta=500000.0", LOGITS),
+    Mutant("theta is 100", "model.py", "THETA = 10000.0", "THETA = 100.0", ROPE),
+    Mutant("theta is Llama 3's", "model.py", "THETA = 10000.0", "THETA = 500000.0", LOGITS),
     Mutant("the exponent of a frequency is half as large", "model.py",
            "(-torch.arange(0, D, 2) / D)", "(-torch.arange(0, D // 2) / D)", ROPE),
     Mutant("the pairs are turned in the activations' dtype", "model.py",

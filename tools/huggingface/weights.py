@@ -19,15 +19,13 @@ from fp4 import ops, reference, stored_weight
 from fp4.emulate import fp8
 from fp4.post_step import on_grid
 from fp4.recipes import QUEST
-from model import swiglu_width
+from model import NORM_EPS, ROPE_THETA, swiglu_width
 
 FORMS = {
     "bf16": "a plain Llama, whose activations are not quantised",
     "fpquant-pseudo": "transformers' FPQuant, its 4-bit weights held in BF16 (not loaded yet)",
     "fpquant": "transformers' FPQuant in 4 bits (not loaded: needs Blackwell)",
 }
-NORM_EPS = 1e-5                         # of model.RMSNorm
-ROPE_THETA = 10000.0                    # of model.rope_table
 
 
 def check_form(form, recipe):
