@@ -140,6 +140,8 @@ def test_a_list_of_switches_is_an_ablation_and_none_is_a_run_without_one():
     plain, = quartet.expand_runs(quartet.parse(["--size=tiny", "--device=cpu"]))
     none, = quartet.expand_runs(quartet.parse(["--size=tiny", "--device=cpu", "--switch=none"]))
     assert plain == none
+    unrotated = quartet.parse(["--size=tiny", "--device=cpu", "--rotation=none,32"])
+    assert [cfg.rotation for cfg in quartet.expand_runs(unrotated)] == ["none", "32"]
     named = quartet.parse(["--size=tiny", "--device=cpu", "--name=x", "--switch=none,0.5:bf16"])
     assert [cfg.name for cfg in quartet.expand_runs(named)] == [
         "x-fp4", "x-fp4-switch-0.5:bf16"]
