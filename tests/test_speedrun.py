@@ -97,7 +97,11 @@ def test_every_product_has_to_be_in_4_bits():
     (["nosuch.csv"], "there is no nosuch.csv"),
 ])
 def test_what_is_not_the_task_is_refused_before_anything_is_trained(
-        toy, tmp_path, flags, sentence):
+        toy, tmp_path, flags, sentence, monkeypatch):
+    def train(flags):
+        raise AssertionError("something is trained")    # for minutes, if it were
+
+    monkeypatch.setattr(speedrun.quartet, "main", train)
     with pytest.raises(UserError) as refusal:
         speedrun.main(flags, toy)
     assert sentence in str(refusal.value) and not (tmp_path / "out").exists()
